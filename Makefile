@@ -1,0 +1,53 @@
+# `make help` lists the targets. A fresh machine needs python3 (3.11 or newer), make and git; everything else goes into .venv.
+PROFILE ?= quick
+CORES ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+PYTHON ?= python3
+# Another index for torch, e.g. PyTorch's CPU-only wheels (see README.md); PIP_EXTRA takes any other pip option.
+TORCH_INDEX ?=
+PIP_EXTRA ?= $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+BIN := .venv/bin
+STAMP := .venv/.made-from-lock
+
+export PYTHONUNBUFFERED := 1
+# glibc: keep freed memory in the process. torch gives its large buffers back to the system and asks for them again at every
+# batch; without that, training on a CPU is about 15 % faster. Other systems ignore the two names.
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TRIM_THRESHOLD_ := 100000000000
+
+# One run per profile at a time. The lock is the kernel's, so it is gone when the run is killed and never blocks the next one.
+GUARD = $(if $(shell command -v flock 2>/dev/null),flock --nonblock --conflict-exit-code 75 runs/.$(PROFILE).lock)
+
+.PHONY: help test reproduce inspect clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): settings.ini constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$(PYTHON) is older than 3.11: name a newer one, e.g. make PYTHON=python3.12'; exit 2; }
+	@echo 'Setting up .venv from constraints.txt: about 6 GB and 2 to 10 minutes, only when settings.ini or constraints.txt change.'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_EXTRA) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: under 10 minutes
+	@echo 'Testing the notebooks'
+	@MPLBACKEND=Agg OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	@MPLBACKEND=Agg $(BIN)/pytest -q tests
+
+# No MPLBACKEND here: with it, executed notebooks hold no pictures.
+reproduce: $(STAMP) ## every paper notebook into runs/PROFILE/ (PROFILE=quick, cpu or paper); goes on where it stopped
+	@mkdir -p runs
+	@$(GUARD) $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-incomplete --quiet host reason \
+	  --config profile=$(PROFILE) || { code=$$?; \
+	  [ $$code -ne 75 ] || echo 'runs/$(PROFILE) is being made by another process: wait for it or end it'; exit $$code; }
+	@echo 'Results: runs/$(PROFILE)/'
+
+inspect: $(STAMP) ## the interactive page in JupyterLab
+	@$(BIN)/jupyter lab $(if $(wildcard nbs/inspect.ipynb),nbs/inspect.ipynb,nbs)
+
+clean: ## remove what builds and tests left; .venv, runs/ and data/raw/ stay
+	@rm -rf .snakemake .pytest_cache .hypothesis build dist *.egg-info _proc _docs
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+# What is made from what. `make reproduce PROFILE=quick` runs it; each node is one notebook run by papermill.
+# A killed run goes on where it stopped: finished notebooks are kept, and a training inside one resumes from its checkpoint.
+import sys
+from pathlib import Path
+
+PROFILE = config.get('profile', 'quick')
+RUN = f'runs/{PROFILE}'
+PARAMETERS = f'nbs/profiles/{PROFILE}.yaml'
+
+# notebook: the notebooks whose results it needs
+NOTEBOOKS = {
+    'forest2024_10_classifier': [],
+    'forest2024_20_attribution': ['forest2024_10_classifier'],
+    'forest2024_30_segmentation': ['forest2024_10_classifier'],
+}
+
+if not Path(PARAMETERS).is_file():
+    known = ', '.join(sorted(p.stem for p in Path('nbs/profiles').glob('*.yaml'))) or 'none'
+    raise WorkflowError(f'profile {PROFILE}: {PARAMETERS} is missing; choose one of: {known}')
+
+
+def record(stem):
+    "The JSON sidecar of a notebook's results."
+    return f"{RUN}/{stem.split('_')[0]}/{stem}.json"
+
+
+def executed(stem):
+    "The executed copy of a notebook."
+    return f"{RUN}/{stem.split('_')[0]}/run/{stem}.ipynb"
+
+
+rule summary:
+    input: [record(stem) for stem in NOTEBOOKS]
+    output: f'{RUN}/published_vs_reproduced.csv'
+    message: 'published_vs_reproduced'
+    shell: f'{sys.executable} -m crackxai.reproduce --collect --profile {PROFILE}'
+
+
+for stem, needs in NOTEBOOKS.items():
+    rule:
+        name: stem
+        input:
+            notebook=f'nbs/papers/{stem}.ipynb',
+            profile=PARAMETERS,
+            needs=[record(n) for n in needs],
+        output:
+            notebook=executed(stem),
+            record=record(stem),
+        params: stem=stem
+        threads: workflow.cores  # one notebook at a time: each uses all cores
+        message: '{params.stem}'
+        shell: f'{sys.executable} -m crackxai.reproduce {{params.stem}} --profile {PROFILE}'
