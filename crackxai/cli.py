@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 
-from . import __version__
 from .core import InputError
 
 # %% ../nbs/80_cli.ipynb #5ec35fd5
@@ -28,7 +27,7 @@ class _Group(click.Group):
 
 # %% ../nbs/80_cli.ipynb #e4aeb914
 @click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=100))
-@click.version_option(__version__, prog_name='crackxai')
+@click.version_option(package_name='crackxai', prog_name='crackxai')
 def main():
     """Explainable deep learning for cracks.
 
@@ -67,7 +66,7 @@ def segment(paths, out, weights, method, threshold, raw_mask, mm_per_px):
     """
     from crackxai.pipeline import Segmenter, segment_files
     given = {k: v for k, v in dict(method=method, threshold=threshold, morphology=False if raw_mask else None).items() if v is not None}
-    if mm_per_px is not None and not mm_per_px > 0: raise InputError('--mm-per-px', f'{mm_per_px} is not a positive number', 'give millimetres per pixel, e.g. 0.43')
+    if mm_per_px is not None and not 0 < mm_per_px < float('inf'): raise InputError('--mm-per-px', f'{mm_per_px} is not a positive number', 'give millimetres per pixel, e.g. 0.43')
     segmenter = Segmenter.load(weights, **given)
     click.echo(f'weights {weights}, method {segmenter.method}, threshold {segmenter.threshold}')
     _ended(*segment_files(segmenter, paths, out, mm_per_px), out, 'images')

@@ -103,7 +103,7 @@ def write_json(
     record,  # numpy values are converted, numbers that are not finite become null
 ):
     "Write a JSON file in one step."
-    with atomic_path(path) as p: p.write_text(json.dumps(_plain(record), indent=1, ensure_ascii=False) + '\n')
+    with atomic_path(path) as p: p.write_text(json.dumps(_plain(record), indent=1, ensure_ascii=False) + '\n', encoding='utf-8', errors='backslashreplace')
 
 # %% ../nbs/00_core.ipynb #67e73457
 def write_csv(
@@ -117,7 +117,7 @@ def write_csv(
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(columns)
     for row in rows: writer.writerow([_cell(row.get(c)) for c in columns])
-    with atomic_path(path) as p: p.write_text(text.getvalue(), encoding='utf-8')
+    with atomic_path(path) as p: p.write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
 
 # %% ../nbs/00_core.ipynb #86767f71
 def _cell(value):

@@ -98,7 +98,8 @@ def step_curve(
 ):
     "Scores along the post-processing, one line a method."
     for (label, v), colour in zip(values.items(), COLOURS): ax.plot(steps, v, 'o-', ms=3, lw=1.2, color=colour, label=label)
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol='')); ax.set_ylabel(ylabel); ax.set_ylim(0, None); ax.legend(frameon=False)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol='')); ax.set_ylabel(ylabel); ax.set_ylim(0, 1.1*max(map(max, values.values())))
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
 
 # %% ../nbs/70_figures.ipynb #27389970
 def paired_bars(
@@ -116,5 +117,5 @@ def paired_bars(
         if intervals and label in intervals:
             low, high = np.asarray(intervals[label], float).T
             ax.errorbar(at, v, [np.maximum(v - low, 0), np.maximum(high - v, 0)], fmt='none', ecolor='0.2', elinewidth=.8, capsize=1.5)
-    ax.set_xticks(x, names, rotation=20, ha='right'); ax.set_ylabel(ylabel); ax.legend(frameon=False, ncols=2)
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
+    ax.set_xticks(x, names, rotation=20, ha='right'); ax.set_ylabel(ylabel); ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=''))
+    ax.legend(frameon=False, fontsize=8, ncols=n, loc='lower center', bbox_to_anchor=(.5, 1))

@@ -65,7 +65,8 @@ class Segmenter:
         model,               # classifier with logits (intact, crack)
         method='lrp',        # key of METHODS
         threshold='gmm',     # key of THRESHOLDS
-        morphology=True,     # closing, area opening, closing
+        morphology=True,     # clean the mask with the sizes below
+        close1=5, min_area=50, close2=1,  # the paper's second closing (25) costs more than it brings on photos, so 1: none
         cut=112,             # side of a tile in the photo [px]
         overlap=.5,          # share of a tile that the next one covers again
         min_probability=.5,  # tiles at or below it are taken for intact
@@ -75,6 +76,7 @@ class Segmenter:
         if method not in METHODS: raise InputError('method', f'{method!r} is unknown', f'choose one of {", ".join(METHODS)}')
         if threshold not in THRESHOLDS: raise InputError('threshold', f'{threshold!r} is unknown', f'choose one of {", ".join(THRESHOLDS)}')
         self.model, self.method, self.threshold, self.morphology = model.eval(), method, threshold, morphology
+        self.sizes = dict(close1=close1, min_area=min_area, close2=close2)
         self.cut, self.stride, self.min_probability, self.batch, self.options = cut, max(1, round(cut*(1 - overlap))), min_probability, batch, options
     @classmethod
     def load(cls,
@@ -127,7 +129,7 @@ def _segment(self, image, mm_per_px=None):
             relevance[t:t + self.cut, l:l + self.cut] += weight*v
             votes[t:t + self.cut, l:l + self.cut] += weight*m
     mask = (votes > .5*total)[:h, :w]
-    mask = clean(mask) if self.morphology and mask.any() else mask
+    mask = clean(mask, **self.sizes) if self.morphology and mask.any() else mask
     return Segmentation(mask, (relevance/np.maximum(total, 1e-12))[:h, :w], max(t['probability'] for t in found),
                         severity(mask, mm_per_px), found, float(np.median(deltas)) if deltas else float('nan'))
 
@@ -166,10 +168,11 @@ def overlay(
 # %% ../nbs/60_pipeline.ipynb #fc141e97
 def _stems(paths):
     "A name for each file's results: its stem, with a number where two are alike."
-    used, names = {}, []
+    taken, used, names = {p.stem.lower() for p in paths}, set(), []
     for p in paths:
-        n = used[p.stem.lower()] = used.get(p.stem.lower(), 0) + 1
-        names.append(p.stem if n == 1 else f'{p.stem}~{n}')
+        name, n = p.stem, 1
+        while name.lower() in used or (n > 1 and name.lower() in taken): n += 1; name = f'{p.stem}~{n}'
+        used.add(name.lower()); names.append(name)
     return names
 
 # %% ../nbs/60_pipeline.ipynb #408b715a
@@ -188,11 +191,14 @@ def segment_file(
     mm_per_px=None,
 ):
     "Segment one file and write its mask and overlay; returns its row for severity.csv."
+    targets = [Path(out)/f'{stem or Path(path).stem}_{kind}.png' for kind in ('mask', 'overlay')]
     image = read_image(path)
     s = segmenter(image, mm_per_px)
-    stem = stem or Path(path).stem
-    _save_png((s.mask*255).astype(np.uint8), Path(out)/f'{stem}_mask.png')
-    _save_png(overlay(image, s.mask), Path(out)/f'{stem}_overlay.png')
+    try:
+        for target, pixels in zip(targets, [(s.mask*255).astype(np.uint8), overlay(image, s.mask)]): _save_png(pixels, target)
+    except OSError:
+        for target in targets: target.unlink(missing_ok=True)
+        raise
     return dict(file=str(path), crack_probability=s.probability, **s.severity.row())
 
 # %% ../nbs/60_pipeline.ipynb #80429ffd
@@ -208,7 +214,25 @@ def check_out(
     except OSError as error: raise InputError(out, f'cannot be used for results ({error.strerror})', 'name a folder that can be written') from None
     return out
 
+# %% ../nbs/60_pipeline.ipynb #0abbf1c3
+def _inputs(paths, out):
+    "The files to work on; results of an earlier run in `out` are not taken for photos, and no photo is overwritten."
+    named = {Path(p).absolute() for p in paths}
+    files = [(p, r) for p, r in find_images(paths) if p.absolute() in named or out.resolve() in named or out.resolve() not in p.resolve().parents]
+    results = {(out/f'{stem}_{kind}.png').resolve() for stem in _stems([p for p, _ in files]) for kind in ('mask', 'overlay')}
+    lost = next((p for p, _ in files if p.is_file() and p.resolve() in results), None)
+    if lost: raise InputError(out, f'the results would overwrite the photo {lost.name}', 'choose another folder for --out')
+    return files
+
 # %% ../nbs/60_pipeline.ipynb #d3de112e
+def _reason(path, error):
+    "One line that names the file, whatever went wrong with it."
+    if isinstance(error, InputError): return str(error)
+    if isinstance(error, MemoryError): return str(InputError(path, 'is too large for the memory of this machine', 'cut it into parts'))
+    if isinstance(error, OSError): return str(InputError(path, error.strerror or error))
+    return str(InputError(path, f'cannot be worked on ({type(error).__name__}: {error})'))
+
+# %% ../nbs/60_pipeline.ipynb #f6babfa5
 def run_files(
     work,      # called with (path, stem): a row
     paths,     # files and folders
@@ -219,7 +243,8 @@ def run_files(
     every=5.,  # seconds between two writings of the table
 ):
     "Work through files; returns (rows, failures) and leaves `table` and failures.csv in `out`."
-    out, files = check_out(out), find_images(paths)
+    out = check_out(out)
+    files = _inputs(paths, out)
     rows, failures, written = [], [], time.time()
     def flush():
         write_csv(out/table, rows, columns)
@@ -230,14 +255,12 @@ def run_files(
             try:
                 if reason: raise InputError(path, reason)
                 rows.append(work(path, stem))
-            except InputError as error: failures.append(dict(file=str(path), reason=str(error)))
-            except MemoryError: failures.append(dict(file=str(path), reason=f'{path}: too large for the memory of this machine; cut it into parts'))
-            except OSError as error: failures.append(dict(file=str(path), reason=f'{path}: {error.strerror or error}'))
+            except Exception as error: failures.append(dict(file=str(path), reason=_reason(path, error)))
             if time.time() - written > every: flush(); written = time.time()
     finally: flush()
     return rows, failures
 
-# %% ../nbs/60_pipeline.ipynb #44bc8606
+# %% ../nbs/60_pipeline.ipynb #a88c533b
 def segment_files(
     segmenter,
     paths,           # files and folders

@@ -7,7 +7,7 @@ __all__ = ['profile_parameters', 'check_parameters', 'tidy', 'run_notebook', 'co
            'main']
 
 # %% ../nbs/82_reproduce.ipynb #5c40ff01
-import argparse, json, os, sys, time
+import argparse, json, os, re, sys, time
 from pathlib import Path
 
 import yaml
@@ -24,7 +24,11 @@ def profile_parameters(
     if not path.is_file(): raise InputError(profile, 'no such profile', f'choose one of {", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))}')
     try: content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error: raise InputError(path.name, f'is not YAML ({str(error).splitlines()[0]})') from None
-    return {**content.get('common', {}), **content.get(stem, {}), 'profile': profile}
+    if not isinstance(content, dict): raise InputError(path.name, 'is not a set of sections', 'write common: and one section a notebook')
+    sections = [content.get(name) or {} for name in ('common', stem)]
+    for name, section in zip(('common', stem), sections):
+        if not isinstance(section, dict): raise InputError(path.name, f'section {name} is not a list of parameters', 'write name: value, one a line')
+    return {**sections[0], **sections[1], 'profile': profile}
 
 # %% ../nbs/82_reproduce.ipynb #d1b6aed2
 _KINDS = {'int': int, 'float': (int, float), 'bool': bool, 'str': str, 'list': list, 'dict': dict}
@@ -48,14 +52,23 @@ def check_parameters(
 
 # %% ../nbs/82_reproduce.ipynb #07e95ca0
 def _without_paths(node, root):
-    "Strings of a notebook with the machine's own folders replaced."
-    if isinstance(node, dict): return {k: _without_paths(v, root) for k, v in node.items()}
+    "Strings of a notebook with the machine's own folders replaced; pictures are left alone."
+    if isinstance(node, dict): return {k: v if k.startswith('image/') else _without_paths(v, root) for k, v in node.items()}
     if isinstance(node, list): return [_without_paths(v, root) for v in node]
     if not isinstance(node, str): return node
-    for folder, name in [(str(root), '.'), (sys.prefix, '.venv'), (str(Path.home()), '~')]: node = node.replace(folder, name)
+    for folder, name in [(str(root), '.'), (sys.prefix, '.venv'), (str(Path.home()), '~')]:
+        if len(folder) > 1: node = re.sub(re.escape(folder) + r'(?=/|$|\W)', lambda m: name, node)
     return node
 
 # %% ../nbs/82_reproduce.ipynb #1f7a1d18
+def _static(output):
+    "An output without what only lives in a running kernel; None where nothing is left."
+    if output.get('name') == 'stderr': return None
+    if 'data' not in output: return output
+    data = {k: v for k, v in output['data'].items() if k != 'application/vnd.jupyter.widget-view+json'}
+    return {**output, 'data': data} if data else None
+
+# %% ../nbs/82_reproduce.ipynb #901c6d8f
 def tidy(
     nb,    # notebook as a dict
     root,  # of the checkout
@@ -65,10 +78,10 @@ def tidy(
     nb['metadata'] = {'kernelspec': nb['metadata'].get('kernelspec', {}), 'language_info': {'name': 'python'}}
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags' and v}
-        if cell['cell_type'] == 'code': cell['outputs'] = [o for o in cell['outputs'] if not (o.get('name') == 'stderr')]
+        if cell['cell_type'] == 'code': cell['outputs'] = [o for o in map(_static, cell['outputs']) if o]
     return nb
 
-# %% ../nbs/82_reproduce.ipynb #901c6d8f
+# %% ../nbs/82_reproduce.ipynb #fb4521e8
 def run_notebook(
     stem,              # of a notebook in nbs/papers
     profile='quick',
@@ -91,7 +104,7 @@ def run_notebook(
             with atomic_path(target) as p: p.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return target
 
-# %% ../nbs/82_reproduce.ipynb #964e62dc
+# %% ../nbs/82_reproduce.ipynb #70bd4c3a
 def collect(
     folder,  # runs/<profile> or figures
 ):
@@ -103,7 +116,7 @@ def collect(
     with atomic_path(folder/'published_vs_reproduced.csv') as p: pd.concat([pd.read_csv(f) for f in parts]).to_csv(p, index=False, float_format='%.6g')
     return folder/'published_vs_reproduced.csv'
 
-# %% ../nbs/82_reproduce.ipynb #0a831869
+# %% ../nbs/82_reproduce.ipynb #7b83da39
 def model_card(
     path,  # weights file
 ):
@@ -117,7 +130,7 @@ def model_card(
              'for tiles of 112 px; masks are explanations of that decision, not measurements. Do not rely on it alone where safety depends on it.', '']
     return '\n'.join(lines)
 
-# %% ../nbs/82_reproduce.ipynb #7b83da39
+# %% ../nbs/82_reproduce.ipynb #3a7ff5b6
 def _readme_tables(root):
     "The README's results, from figures/."
     import pandas as pd
@@ -133,7 +146,7 @@ def _readme_tables(root):
         lines.append(f'| {best.row} | {number(best.published)} | {number(best.reproduced)} | {best.low:.0f} to {best.high:.0f} |')
     return '\n'.join([f'Data: {record["source"]}, {record["tiles"]} cracked test tiles of photos not used in training, folds {len(record["folds"])}; the paper\'s numbers are from its own walls.', '', *lines])
 
-# %% ../nbs/82_reproduce.ipynb #3a7ff5b6
+# %% ../nbs/82_reproduce.ipynb #24fa2b2e
 def render_readme(root=None):
     "README.md with the part between the results marks made anew from figures/; returns the text."
     root = Path(root or find_root())
@@ -142,12 +155,12 @@ def render_readme(root=None):
     if begin not in text or end not in text: raise InputError('README.md', 'has no results marks', f'put {begin} and {end} where the tables belong')
     return text[:text.index(begin) + len(begin)] + '\n' + _readme_tables(root) + '\n' + text[text.index(end):]
 
-# %% ../nbs/82_reproduce.ipynb #24fa2b2e
+# %% ../nbs/82_reproduce.ipynb #d35e3a16
 def _released(relative):
     "Is a file of a run part of the release: figures, tables, records and executed notebooks, not counts, checkpoints or predictions."
     return relative.suffix in {'.png', '.csv', '.json', '.ipynb', '.gif'} and (len(relative.parts) == 2 or relative.parts[1] == 'run')
 
-# %% ../nbs/82_reproduce.ipynb #d35e3a16
+# %% ../nbs/82_reproduce.ipynb #a1d743e5
 def release(
     profile='cpu',
 ):
@@ -167,7 +180,7 @@ def release(
     with atomic_path(root/'README.md') as p: p.write_text(text, encoding='utf-8')
     return done
 
-# %% ../nbs/82_reproduce.ipynb #a1d743e5
+# %% ../nbs/82_reproduce.ipynb #3da6b6fd
 def main(arguments=None):
     "python -m crackxai.reproduce STEM --profile P | --collect --profile P | --release --profile P"
     parser = argparse.ArgumentParser(prog='python -m crackxai.reproduce', description='Run a paper notebook with a profile, or collect the results.')
@@ -185,6 +198,6 @@ def main(arguments=None):
         print(f'reproduce: {error}', file=sys.stderr); return 2
     return 0
 
-# %% ../nbs/82_reproduce.ipynb #3da6b6fd
+# %% ../nbs/82_reproduce.ipynb #54fa95bb
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

@@ -81,11 +81,13 @@ def run_process(tmp_path_factory):
     "The installed command as a process of its own, with the guard inside."
     folder = tmp_path_factory.mktemp('guard')
     (folder/'sitecustomize.py').write_text(GUARD)
+    guarded = os.environ | dict(PYTHONPATH=str(folder))
     def call(*args, **options):
         command = [Path(sys.executable).parent/'crackxai', *map(str, args)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=os.environ | dict(PYTHONPATH=str(folder)), **options)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=guarded, **options)
         assert 'Traceback' not in done.stdout, done.stdout
         return SimpleNamespace(code=done.returncode, output=done.stdout)
+    call.env = guarded
     return call
 
 

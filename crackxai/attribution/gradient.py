@@ -37,7 +37,8 @@ def intgrad(
     baselines=None, # None (black) or (k, c, h, w): their mean is the baseline
     n_steps=50,     # points on the line (captum's and the paper's number)
     max_delta=.01,  # double the points of an image until |delta| is below this share of the difference; None: never
-    max_steps=400,  # but no more points than this
+    max_steps=200,  # but no more points than this
+    floor=1.,       # a difference smaller than this (in units of the score) counts as this large
     batch=8,
 ):
     "Integrated gradients, Gauss-Legendre points (doi:10.48550/arXiv.1703.01365). `details['steps']`: points used for each image."
@@ -54,7 +55,7 @@ def intgrad(
             error = (relevance[todo].flatten(1).sum(1) - difference[todo]).abs()
             n *= 2
             if max_delta is None or n > max_steps: break
-            todo = todo[(error > max_delta*difference[todo].abs()).cpu()]
+            todo = todo[(error > max_delta*difference[todo].abs().clamp(min=floor)).cpu()]
         return relevance, difference, score, dict(steps=steps)
     with untouched(model):
         with torch.no_grad(): below = forward(b)

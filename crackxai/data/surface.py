@@ -105,7 +105,7 @@ def masonry(
 def magnetic_tile(
     folder,  # holds MT_Blowhole, MT_Break, MT_Crack, MT_Fray, MT_Free, MT_Uneven, each with Imgs/*.jpg and *.png masks
 ):
-    "Magnetic tiles with five defects or none (Huang et al. 2018). The group is the name without its running number's last part."
+    "Magnetic tiles with five defects or none (Huang et al. 2018). Each picture is a group of its own: which ones show the same tile is not published."
     items = []
     for sub in sorted(Path(folder).glob('MT_*')):
         files = _images(sub/'Imgs', 'magnetic tiles')

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import vgg
 
@@ -96,7 +96,10 @@ def read_header(
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(path, f'is not a safetensors file ({error})', 'pickles are never opened; save it with crackxai.models.classify.save_weights') from None
     if not header: raise InputError(path, 'has no crackxai header', 'it was written by another program')
-    return json.loads(header)
+    try: header = json.loads(header)
+    except ValueError: header = None
+    if not isinstance(header, dict) or not isinstance(header.get('spec'), dict): raise InputError(path, 'its crackxai header cannot be read', 'fetch the file again')
+    return header
 
 # %% ../../nbs/20_models_classify.ipynb #f4664c0e
 def load_weights(
@@ -108,11 +111,12 @@ def load_weights(
     spec = dict(header['spec'])
     architecture = spec.pop('architecture', None)
     if architecture not in BUILDERS: raise InputError(path, f'holds a {architecture!r} network', f'this command takes {", ".join(BUILDERS)}')
-    model = BUILDERS[architecture](**spec)
     try:
-        with safe_open(path, 'pt') as f: model.load_state_dict({k: f.get_tensor(k).float() if f.get_tensor(k).is_floating_point() else f.get_tensor(k) for k in f.keys()})
+        with torch.device('meta'): model = BUILDERS[architecture](**spec)       # no memory and no random numbers for weights that are replaced
+    except TypeError as error: raise InputError(path, f'its crackxai header does not fit {architecture} ({error})', 'fetch the file again') from None
+    try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}, assign=True)
     except (SafetensorError, RuntimeError) as error: raise InputError(path, f'its tensors do not fit a {architecture} network ({str(error).splitlines()[0]})', 'fetch the file again') from None
-    model.card = header['card']
+    model.card = header.get('card') or {}
     return model.eval()
 
 # %% ../../nbs/20_models_classify.ipynb #fdb3dabc
