@@ -7,7 +7,7 @@ __all__ = ['SEVERITY_COLUMNS', 'blend_weights', 'Segmentation', 'Segmenter', 'fi
            'check_out', 'run_files', 'segment_files']
 
 # %% ../nbs/60_pipeline.ipynb #9da47e37
-import time
+import os, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,13 +137,16 @@ def _segment(self, image, mm_per_px=None):
 Segmenter.__call__ = _segment
 
 # %% ../nbs/60_pipeline.ipynb #e4a555a7
+def _real(path): return Path(os.path.realpath(path))    # unlike Path.resolve, no error for a link to itself
+
+# %% ../nbs/60_pipeline.ipynb #b7ca7256
 def find_images(
     paths,  # files and folders
 ):
     "All image files, folders searched through; (path, None) or (path, reason) where one cannot be used."
     found, seen = [], set()
     def add(path, reason=None):
-        key = path.absolute() if not path.exists() else path.resolve()
+        key = _real(path)
         if key not in seen: seen.add(key); found.append((path, reason))
     for path in map(Path, paths):
         try: inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()) if path.is_dir() else [path]
@@ -152,7 +155,7 @@ def find_images(
         for p in inside: add(p)
     return found
 
-# %% ../nbs/60_pipeline.ipynb #b7ca7256
+# %% ../nbs/60_pipeline.ipynb #fc141e97
 def overlay(
     image,  # (3, h, w) in 0..1
     mask,   # (h, w) bool
@@ -165,7 +168,7 @@ def overlay(
     alpha = np.where(edge, 1., np.where(mask, strength, 0.))
     return ((image*(1 - alpha) + tint*alpha)*255).round().astype(np.uint8).transpose(1, 2, 0)
 
-# %% ../nbs/60_pipeline.ipynb #fc141e97
+# %% ../nbs/60_pipeline.ipynb #4917ecdc
 def _stems(paths):
     "A name for each file's results: its stem, with a number where two are alike."
     taken, used, names = {p.stem.lower() for p in paths}, set(), []
@@ -175,14 +178,14 @@ def _stems(paths):
         used.add(name.lower()); names.append(name)
     return names
 
-# %% ../nbs/60_pipeline.ipynb #408b715a
+# %% ../nbs/60_pipeline.ipynb #926732d3
 def _save_png(pixels, path):
     with atomic_path(path) as p: Image.fromarray(pixels).save(p)
 
-# %% ../nbs/60_pipeline.ipynb #926732d3
+# %% ../nbs/60_pipeline.ipynb #d70202d4
 SEVERITY_COLUMNS = ['file', 'crack_probability', 'cracks', 'area_px', 'area_mm2', 'max_width_px', 'max_width_mm', 'length_px', 'length_mm']
 
-# %% ../nbs/60_pipeline.ipynb #d70202d4
+# %% ../nbs/60_pipeline.ipynb #80429ffd
 def segment_file(
     segmenter,
     path,
@@ -201,7 +204,7 @@ def segment_file(
         raise
     return dict(file=str(path), crack_probability=s.probability, **s.severity.row())
 
-# %% ../nbs/60_pipeline.ipynb #80429ffd
+# %% ../nbs/60_pipeline.ipynb #0abbf1c3
 def check_out(
     out,  # folder for results
 ):
@@ -214,17 +217,18 @@ def check_out(
     except OSError as error: raise InputError(out, f'cannot be used for results ({error.strerror})', 'name a folder that can be written') from None
     return out
 
-# %% ../nbs/60_pipeline.ipynb #0abbf1c3
+# %% ../nbs/60_pipeline.ipynb #d3de112e
 def _inputs(paths, out):
     "The files to work on; results of an earlier run in `out` are not taken for photos, and no photo is overwritten."
     named = {Path(p).absolute() for p in paths}
-    files = [(p, r) for p, r in find_images(paths) if p.absolute() in named or out.resolve() in named or out.resolve() not in p.resolve().parents]
-    results = {(out/f'{stem}_{kind}.png').resolve() for stem in _stems([p for p, _ in files]) for kind in ('mask', 'overlay')}
-    lost = next((p for p, _ in files if p.is_file() and p.resolve() in results), None)
+    here = _real(out)
+    files = [(p, r) for p, r in find_images(paths) if p.absolute() in named or here in named or here not in _real(p).parents]
+    results = {here/f'{stem}_{kind}.png' for stem in _stems([p for p, _ in files]) for kind in ('mask', 'overlay')}
+    lost = next((p for p, _ in files if _real(p) in results), None)
     if lost: raise InputError(out, f'the results would overwrite the photo {lost.name}', 'choose another folder for --out')
     return files
 
-# %% ../nbs/60_pipeline.ipynb #d3de112e
+# %% ../nbs/60_pipeline.ipynb #44bc8606
 def _reason(path, error):
     "One line that names the file, whatever went wrong with it."
     if isinstance(error, InputError): return str(error)
@@ -232,7 +236,7 @@ def _reason(path, error):
     if isinstance(error, OSError): return str(InputError(path, error.strerror or error))
     return str(InputError(path, f'cannot be worked on ({type(error).__name__}: {error})'))
 
-# %% ../nbs/60_pipeline.ipynb #f6babfa5
+# %% ../nbs/60_pipeline.ipynb #a88c533b
 def run_files(
     work,      # called with (path, stem): a row
     paths,     # files and folders
@@ -260,7 +264,7 @@ def run_files(
     finally: flush()
     return rows, failures
 
-# %% ../nbs/60_pipeline.ipynb #a88c533b
+# %% ../nbs/60_pipeline.ipynb #fcd6f6f2
 def segment_files(
     segmenter,
     paths,           # files and folders
