@@ -116,6 +116,7 @@ def fit(
     amsgrad=False,
     decoupled=False,       # AdamW in place of Adam
     monitor='score',       # which of validate's scores selects the best epoch (larger is better); None: the last epoch
+    select_from=0,         # first epoch that may be selected, where the early ones do another task (a smaller picture)
     patience=None,         # stop after so many epochs without a better one
     seed=0,
     device=None,           # default: the GPU if there is one
@@ -136,7 +137,7 @@ def fit(
     while len(history) < epochs and not finished:
         row = _epoch(model, optimizer, batches, loss, validate, len(history), plan, device)
         history.append(row)
-        best = max(range(len(history)), key=lambda e: history[e][monitor] if monitor else e)
+        best = max(range(len(history)), key=lambda e: (e >= select_from, history[e][monitor] if monitor else e))
         if best == len(history) - 1: _save(out/'best.safetensors', model=model.state_dict())
         finished = len(history) == epochs or (patience is not None and len(history) - 1 - best >= patience)
         write_json(out/'record.json', dict(key=key, plan=plan, finished=finished, best_epoch=best, history=history, device=str(device)))

@@ -116,7 +116,7 @@ def train_classifier(
     settings = dict(tiles=len(train), first=str(train.name[0]), valid=len(valid) if valid else 0, strength=strength, label_smoothing=label_smoothing,
                     balanced=balanced, small_epochs=small_epochs, small_size=small_size, batch=batch)
     record = fit(model, Batches(train.images, torch.as_tensor(train.label), size=batch, change=_change(strength, small_epochs, small_size)), loss,
-                 _validation(valid), out, epochs, lr, weight_decay, schedule=schedule, decoupled=decoupled, monitor='balanced_accuracy' if valid else None,
+                 _validation(valid), out, epochs, lr, weight_decay, schedule=schedule, decoupled=decoupled, monitor='balanced_accuracy' if valid else None, select_from=min(small_epochs, epochs - 1),
                  patience=patience, seed=seed, settings=settings, progress=progress)
     return fold_batch_norm(model.cpu().eval()), record
 
