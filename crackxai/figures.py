@@ -7,6 +7,8 @@ __all__ = ['WIDTH', 'COLOURS', 'RELEVANCE', 'STYLE', 'new_figure', 'caption', 's
            'outline', 'step_curve', 'paired_bars']
 
 # %% ../nbs/70_figures.ipynb #67864bf4
+import textwrap
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -44,7 +46,8 @@ def caption(
     "A line under the figure that says real or generated, how many images, which seeds. Raises InputError for another source."
     if not str(source).startswith(('real', 'generated')): raise InputError('source', f"{source!r} does not begin with 'real' or 'generated'")
     parts = [text, source] + ([f'n = {n}'] if n is not None else []) + ([f'seeds {", ".join(map(str, seeds))}'] if seeds else [])
-    fig.supxlabel('  ·  '.join(p for p in parts if p), fontsize=7.5, color='0.35', x=.01, ha='left')
+    lines = textwrap.wrap('  ·  '.join(p for p in parts if p), int(16*fig.get_figwidth()))
+    fig.supxlabel('\n'.join(lines), fontsize=7.5, color='0.35', x=.01, ha='left')
     return fig
 
 # %% ../nbs/70_figures.ipynb #ebe4da3f
