@@ -6,7 +6,7 @@
 __all__ = ['main', 'segment', 'data', 'data_list', 'data_fetch', 'data_verify', 'data_make', 'make_walls_command']
 
 # %% ../nbs/80_cli.ipynb #fc0d8c82
-import os, sys
+import sys
 from pathlib import Path
 
 import click

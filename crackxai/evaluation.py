@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .attribution import METHODS, attribute
+from .attribution import attribute
 from .core import atomic_path
 from .metrics import pixel_counts, pooled_interval, scores
 from .models.classify import predict, state_hash

@@ -10,7 +10,6 @@ import hashlib, json, math, time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 

@@ -8,7 +8,7 @@ __all__ = ['CURVED', 'POOLS', 'deeplift', 'deepliftshap']
 # %% ../../nbs/33_attribution_reference.ipynb #098f4c86
 from contextlib import contextmanager
 
-import numpy as np, torch
+import torch
 import torch.nn.functional as F
 from torch import nn
 

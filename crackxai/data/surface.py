@@ -8,7 +8,7 @@ __all__ = ['MAX_PIXELS', 'IMAGE_SUFFIXES', 'read_image', 'read_mask', 'Item', 'm
 
 # %% ../../nbs/10_data_surface.ipynb #ef083b2b
 import hashlib, math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
