@@ -7,8 +7,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from conftest import error_line, left_over, photo, pixels
-from crackxai import pipeline
 from crackxai.core import read_csv
+from crackxai.pipeline import surface
 
 COLUMNS = ['file', 'crack_probability', 'cracks', 'area_px', 'area_mm2', 'max_width_px', 'max_width_mm', 'length_px', 'length_mm']
 MM = [c for c in COLUMNS if c.endswith(('_mm', '_mm2'))]
@@ -210,11 +210,11 @@ def test_out_where_no_folder_can_be_made_is_bad_usage(run, tiny_weights, tmp_pat
 
 
 def test_a_full_disk_costs_the_photo_and_leaves_no_half_of_it(run, tiny_weights, tmp_path, monkeypatch):
-    save = pipeline._save_png
+    save = surface.save_png
     def full(pixels, path):
         if path.name == 'a_overlay.png': raise OSError(errno.ENOSPC, 'No space left on device')
         save(pixels, path)
-    monkeypatch.setattr(pipeline, '_save_png', full)
+    monkeypatch.setattr(surface, 'save_png', full)
     photo(tmp_path/'in'/'a.png'); photo(tmp_path/'in'/'b.png')
     assert run('segment', tmp_path/'in', '--out', tmp_path/'out', '--weights', tiny_weights.plain).code == 3
     assert 'No space left' in read_csv(tmp_path/'out'/'failures.csv')[0]['reason']
@@ -223,11 +223,11 @@ def test_a_full_disk_costs_the_photo_and_leaves_no_half_of_it(run, tiny_weights,
 
 @pytest.mark.parametrize('error', [RuntimeError('not enough memory: you tried to allocate 9 bytes'), ValueError('odd\nvalue'), MemoryError()], ids=lambda e: type(e).__name__)
 def test_an_unforeseen_error_costs_one_photo_not_the_run(run, tiny_weights, tmp_path, monkeypatch, error):
-    read = pipeline.read_image
+    read = surface.read_image
     def odd(path):
         if path.name == 'a.png': raise error
         return read(path)
-    monkeypatch.setattr(pipeline, 'read_image', odd)
+    monkeypatch.setattr(surface, 'read_image', odd)
     photo(tmp_path/'in'/'a.png'); photo(tmp_path/'in'/'b.png')
     assert run('segment', tmp_path/'in', '--out', tmp_path/'out', '--weights', tiny_weights.plain).code == 3
     (failure,), (row,) = read_csv(tmp_path/'out'/'failures.csv'), read_csv(tmp_path/'out'/'severity.csv')
@@ -235,11 +235,11 @@ def test_an_unforeseen_error_costs_one_photo_not_the_run(run, tiny_weights, tmp_
 
 
 def test_stopped_by_hand_keeps_what_is_done(run, tiny_weights, tmp_path, monkeypatch):
-    read = pipeline.read_image
+    read = surface.read_image
     def stop(path):
         if path.name == 'b.png': raise KeyboardInterrupt
         return read(path)
-    monkeypatch.setattr(pipeline, 'read_image', stop)
+    monkeypatch.setattr(surface, 'read_image', stop)
     for name in 'abc': photo(tmp_path/'in'/f'{name}.png')
     assert run('segment', tmp_path/'in', '--out', tmp_path/'out', '--weights', tiny_weights.plain).code == 130
     assert [Path(r['file']).name for r in read_csv(tmp_path/'out'/'severity.csv')] == ['a.png'] and not left_over(tmp_path/'out')

@@ -101,18 +101,19 @@ def read_header(
     if not isinstance(header, dict) or not isinstance(header.get('spec'), dict): raise InputError(path, 'its crackxai header cannot be read', 'fetch the file again')
     return header
 
-# %% ../../nbs/20_models_classify.ipynb #f4664c0e
+# %% ../../nbs/20_models_classify.ipynb #32bea914
 def load_weights(
-    name,  # a shipped name or a file
+    name,           # a shipped name or a file
+    builders=None,  # architectures that will do: dict of name and function; default: the classifiers
 ):
     "The network in evaluation mode, float32, with `.spec` and `.card`. Raises InputError naming the file."
-    path = find_weights(name)
+    path, builders = find_weights(name), builders or BUILDERS
     header = read_header(path)
     spec = dict(header['spec'])
     architecture = spec.pop('architecture', None)
-    if architecture not in BUILDERS: raise InputError(path, f'holds a {architecture!r} network', f'this command takes {", ".join(BUILDERS)}')
+    if architecture not in builders: raise InputError(path, f'holds a {architecture!r} network', f'this command takes {", ".join(builders)}')
     try:
-        with torch.device('meta'): model = BUILDERS[architecture](**spec)       # no memory and no random numbers for weights that are replaced
+        with torch.device('meta'): model = builders[architecture](**spec)       # no memory and no random numbers for weights that are replaced
     except TypeError as error: raise InputError(path, f'its crackxai header does not fit {architecture} ({error})', 'fetch the file again') from None
     try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}, assign=True)
     except (SafetensorError, RuntimeError) as error: raise InputError(path, f'its tensors do not fit a {architecture} network ({str(error).splitlines()[0]})', 'fetch the file again') from None
