@@ -12,6 +12,16 @@ NOTEBOOKS = {
     'forest2024_10_classifier': [],
     'forest2024_20_attribution': ['forest2024_10_classifier'],
     'forest2024_30_segmentation': ['forest2024_10_classifier'],
+    'melching2022_10_train': [],
+    'melching2022_20_performance': ['melching2022_10_train'],
+    'melching2022_30_attention': ['melching2022_10_train'],
+    'melching2022_40_stability': ['melching2022_20_performance'],
+    'melching2022_50_trust': ['melching2022_10_train', 'melching2022_20_performance'],
+    'moreh2024_10_train': [],
+    'moreh2024_20_localisation': ['moreh2024_10_train'],
+    'moreh2024_30_cost': [],
+    'moreh2024_40_explanation': ['moreh2024_10_train'],
+    'moreh2024_50_beyond': ['moreh2024_10_train'],
 }
 
 if not Path(PARAMETERS).is_file():

@@ -114,13 +114,13 @@ def network_input(
     scattered = torch.zeros_like(waves) if reference is None else (waves - reference)*gain
     return torch.cat([scattered, waves], 1)
 
-# %% ../../nbs/23_models_keypoint.ipynb #ee96d554
+# %% ../../nbs/23_models_keypoint.ipynb #7282791c
 class Pointwise(nn.Module):
     "Linear, batch normalisation, ReLU on the last axis: (..., out)."
     def __init__(self, channels, out):
         super().__init__()
         self.linear, self.norm, self.act = nn.Linear(channels, out, bias=False), nn.BatchNorm1d(out), nn.ReLU()
-    def forward(self, x): return self.act(self.norm(self.linear(x).flatten(0, -2))).unflatten(0, x.shape[:-1])
+    def forward(self, x): return self.act(self.norm(self.linear(x).flatten(0, -2)).unflatten(0, x.shape[:-1]))       # the activation sees samples first, as DeepLift needs
 
 # %% ../../nbs/23_models_keypoint.ipynb #7f766416
 def neighbours(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIP_COLUMNS', 'regions', 'choose', 'TipResult', 'TipFinder', 'attention_picture', 'tip_file', 'tip_files']
 
-# %% ../../nbs/63_pipeline_tip.ipynb #47304567
+# %% ../../nbs/63_pipeline_tip.ipynb #efe7b6b5
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ..core import InputError
-from ..data.dic import pixel_to_mm, read_any, strains, von_mises_strain
+from ..data.dic import mm_to_pixel, pixel_to_mm, read_any, strains, von_mises_strain
+from ..data.fracture import refine_tip
 from ..gradcam import gradcam
 from ..models.tip import BLOCKS, load_tip, network_fields, predict_tip, strain_level
 from .files import run_files, save_png
@@ -71,7 +72,7 @@ def choose(
     best = [r for r in found if r['mass'] >= alike*found[0]['mass']]
     return best[0] if near is None else min(best, key=lambda r: np.hypot(*(r['at'] - near)))
 
-# %% ../../nbs/63_pipeline_tip.ipynb #7b20116e
+# %% ../../nbs/63_pipeline_tip.ipynb #8646df1e
 @dataclass
 class TipResult:
     "What the chain says about one field."
@@ -79,7 +80,7 @@ class TipResult:
     xy_px: np.ndarray        # (2,) column, row of the field, 0 = centre of the first pixel; nan where nothing was found
     xy_mm: np.ndarray        # (2,) x from the specimen's centre line, y from the middle of the view [mm]
     confidence: float        # 0..1
-    source: str              # 'segmentation', 'regression' or ''
+    source: str              # 'segmentation', 'segmentation, field' (then placed by the field itself), 'regression' or ''
     probability: np.ndarray  # (h, w) float32 of 'tip'
     _attention: object = field(default=None, repr=False)
     def heatmap(self,
@@ -104,7 +105,7 @@ def _checked(displacement, field_of_view_mm, side, what):
     if side not in ('right', 'left'): raise InputError('side', f'{side!r} is neither right nor left', 'use right or left')
     return u
 
-# %% ../../nbs/63_pipeline_tip.ipynb #fd8a1ad8
+# %% ../../nbs/63_pipeline_tip.ipynb #a58ef09c
 class TipFinder:
     "A trained tip network and its way from a map to one place, ready for fields of any size."
     def __init__(self,
@@ -115,10 +116,12 @@ class TipFinder:
         alike=.5,          # see `choose`
         backup=False,      # where the map is empty take the regressed tip, which is there even if no tip is in view
         flips=True,        # mean of what it says of the field and of its mirror image in y: twice the time, fewer false tips
+        refine=True,       # let the field itself place the tip where it can: see crackxai.data.fracture.refine_tip
+        material=None,     # for that: dict of e_modulus, nu, strength [MPa]; None: AA2024-T3
     ):
         if size < 16 or size % 16: raise InputError('size', f'{size} is not a multiple of 16', 'use what the network was trained on')
         if not 0 < threshold < 1: raise InputError('threshold', f'{threshold} is not between 0 and 1')
-        self.model, self.size, self.threshold, self.min_confidence, self.alike, self.backup, self.flips = model.eval(), size, threshold, min_confidence, alike, backup, flips
+        self.model, self.size, self.threshold, self.min_confidence, self.alike, self.backup, self.flips, self.refine, self.material = model.eval(), size, threshold, min_confidence, alike, backup, flips, refine, material or {}
     @classmethod
     def load(cls,
         weights='dic',  # a shipped name or a .safetensors file
@@ -145,7 +148,7 @@ def _place(self, probability, regressed):
     if region and confidence >= self.min_confidence: return region['at'], confidence, 'segmentation'
     return (regressed, 0., 'regression') if self.backup and regressed is not None else (None, confidence, '')
 
-# %% ../../nbs/63_pipeline_tip.ipynb #cc783d7f
+# %% ../../nbs/63_pipeline_tip.ipynb #6868780e
 def _find(self,
     displacement_mm,   # (2, h, w) u_x, u_y [mm], row 0 at the lowest y
     field_of_view_mm,  # width of the view [mm]
@@ -161,6 +164,9 @@ def _find(self,
     probability, regressed = _said(self, x, level)
     tip, confidence, source = _place(self, probability.numpy(), regressed)
     xy = np.full(2, np.nan) if tip is None else _moved(tip, grid, shape)
+    if self.refine and source == 'segmentation':
+        better = refine_tip(u, field_of_view_mm, pixel_to_mm(xy, shape, field_of_view_mm), **self.material)
+        if better: xy, source = mm_to_pixel(better.tip_mm, shape, field_of_view_mm), 'segmentation, field'
     mm = pixel_to_mm(xy, shape, field_of_view_mm, side)
     back = (lambda a: a) if side == 'right' else (lambda a: a[..., ::-1])
     def look():

@@ -6,10 +6,10 @@
 __all__ = ['STEPS', 'SENSORS', 'TARGETS', 'BOX_COLUMNS', 'best_shift', 'shifted', 'first_arrivals', 'agreement', 'LocateResult',
            'CrackLocator', 'locate_file', 'locate_files']
 
-# %% ../../nbs/64_pipeline_wave.ipynb #fca7c646
+# %% ../../nbs/64_pipeline_wave.ipynb #4ec6f998
 import warnings
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np, torch
 
@@ -167,7 +167,7 @@ def _prepared(waves, reference, what):
     waves, reference = waves[:, :STEPS], rest[0][:, :STEPS] if rest else None
     return *(_stand_in(waves, notes) if reference is None else _scaled(waves, reference, what)), late, notes
 
-# %% ../../nbs/64_pipeline_wave.ipynb #0a3093df
+# %% ../../nbs/64_pipeline_wave.ipynb #27c73f95
 @dataclass
 class LocateResult:
     "What the chain says about one plate. Places are shares of the plate, 0..1: x along sx, y along sy."
@@ -179,7 +179,11 @@ class LocateResult:
     shift: int = 0      # steps by which the source started later than in training; taken out
     notes: list = field(default_factory=list)  # what else was changed in the input
     _explain: object = field(default=None, repr=False)
-    def attribution(self,
+    @cached_property
+    def attribution(self):
+        "Relevance of each moment and sensor for 'there is a crack' by integrated gradients: (t', 9, 9) float32. Computed when first asked for; `explain` has the other methods and the sides of the box."
+        return self.explain()
+    def explain(self,
         method='intgrad',  # key of crackxai.attribution.METHODS
         target='crack',    # or x_min, y_min, x_max, y_max
         **options,         # of the method
