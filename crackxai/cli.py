@@ -214,7 +214,7 @@ def make_walls_command(n, out, size, seed):
     rows = make_walls(out, n, seed, size, progress=_bar('wall'))
     click.echo(f'{len(rows)} walls: {out}')
 
-# %% ../nbs/80_cli.ipynb #3acb4647
+# %% ../nbs/80_cli.ipynb #cf58c613
 @data_make.command('wave')
 @click.option('--n', type=click.IntRange(1), required=True, help='How many plates.')
 @click.option('--out', type=click.Path(), default=None, help='Folder; default: data/raw/wave.')
@@ -223,7 +223,7 @@ def make_walls_command(n, out, size, seed):
 def make_wave_command(n, out, seed, intact):
     """Simulated waves in cracked plates: one .npz a plate and waves.csv.
 
-    A file holds waves and reference (2, 2000, 9, 9), the box, the touched cells (16, 16) and the segments (k, 4) of its crack; 2.6 MB a plate.
+    A file holds waves and reference (2, 2000, 9, 9), the box, the touched cells (16, 16) and the segments (k, 4) of its crack; 1.3 MB a plate.
     Finished files are kept, so a call that was stopped goes on where it was.
     """
     from crackxai.data.waveset import make_waves

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['show_field', 'show_attention', 'mark_tip', 'show_network', 'growth_boxes', 'show_plate', 'show_sensors']
 
-# %% ../nbs/73_figures_fields.ipynb #5ce18f0f
+# %% ../nbs/73_figures_fields.ipynb #0bc04a0c
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from .core import InputError
 from .figures import COLOURS
 
 # %% ../nbs/73_figures_fields.ipynb #8fb7a5db

@@ -6,8 +6,8 @@
 __all__ = ['PARTS', 'MODELS', 'TipSet', 'tip_set', 'measured_set', 'tip_parts', 'TipBatches', 'turned', 'tip_scores',
            'with_level', 'train_tip']
 
-# %% ../nbs/27_training_tip.ipynb #84b0f014
-from dataclasses import dataclass, replace
+# %% ../nbs/27_training_tip.ipynb #9c613f56
+from dataclasses import dataclass, fields, replace
 
 import numpy as np, torch
 
@@ -19,7 +19,7 @@ from .models.classify import state_hash
 from .models.tip import ParallelNets, UNet, affine, augment_fields, network_fields, normalised_tip, predict_tip, strain_level, tip_from_map, tip_label, total_loss
 from .training import fit
 
-# %% ../nbs/27_training_tip.ipynb #ae6d7da1
+# %% ../nbs/27_training_tip.ipynb #a7ff8384
 @dataclass
 class TipSet:
     "Displacement fields with the tip, ready for training or scoring."
@@ -31,7 +31,9 @@ class TipSet:
     load: np.ndarray   # (n,) share of the maximum
     level: np.ndarray  # (n,) `strain_level`
     def __len__(self): return len(self.fields)
-    def take(self, rows): return TipSet(self.source, *(getattr(self, k)[rows] for k in ('fields', 'tip', 'mm_per_px', 'series', 'load', 'level')))
+    def _each(self, change): return TipSet(self.source, *(change(f.name) for f in fields(self)[1:]))
+    def take(self, rows): return self._each(lambda name: getattr(self, name)[rows])
+    def join(self, others): return self._each(lambda name: np.concatenate([getattr(s, name) for s in (self, *others)]))
 
 # %% ../nbs/27_training_tip.ipynb #0a203084
 def tip_set(
@@ -66,7 +68,7 @@ def measured_set(
             loads.append(LOADS[(stage.number - test.stages.start) % test.step] if test.step == len(LOADS) else 1. if test.at_maximum(stage.number) else np.nan)
     return TipSet(f'real: {specimen}', np.stack(u), np.array(tips, np.float32), np.full(len(u), test.field_of_view_mm/(size - 1)), np.array(series), np.array(loads), np.array(levels, np.float32))
 
-# %% ../nbs/27_training_tip.ipynb #ae117a75
+# %% ../nbs/27_training_tip.ipynb #486ce87f
 def tip_parts(
     size=256,    # pixels along a side
     seed=0,      # of the generator
@@ -89,7 +91,7 @@ def tip_parts(
         many = cracks if name.startswith('train') else 2 if name.startswith('test') else 1
         each = max(2, round(share*steps/(many if name.startswith('train') else 1)))
         sets = [tip_set(growth_series(specimen, 1000*seed + 100*i + k, each, loads, size), f'generated: {specimen}') for k in range(many)]
-        out[name] = TipSet(sets[0].source, *(np.concatenate([getattr(s, k) for s in sets]) for k in ('fields', 'tip', 'mm_per_px', 'series', 'load', 'level')))
+        out[name] = sets[0].join(sets[1:])
     return out
 
 # %% ../nbs/27_training_tip.ipynb #fce6829e
@@ -134,7 +136,7 @@ def turned(
     centre = (h - 1)/2 + room[:, None]*(2*torch.rand(n, 2, generator=rng) - 1)
     return affine(fields, tip, centre, side, angle, torch.rand(n, generator=rng) < .5, size)
 
-# %% ../nbs/27_training_tip.ipynb #0c9babe4
+# %% ../nbs/27_training_tip.ipynb #a30fd7cb
 def tip_scores(
     model,
     data,          # TipSet
@@ -142,7 +144,7 @@ def tip_scores(
     batch=16,
 ):
     "Dict of arrays (n,): `dice` of each sample (nan where there is no tip), `deviation` [mm] of the mean position (nan where nothing was found or there is no tip), `found` bool; and `tip` (n, 2) [px]."
-    probability, tips = [], []
+    probability = []
     for i in range(0, len(data), 256): probability.append(predict_tip(model, torch.from_numpy(data.fields[i:i + 256]).float(), batch, torch.from_numpy(data.level[i:i + 256]))[0])
     p = torch.cat(probability)
     label = tip_label(data.tip, p.shape[-2:], exact=False)[:, 0]

@@ -189,12 +189,11 @@ def boxes_from_map(
     found.sort(key=lambda f: -f[0])
     return np.array([f[1] for f in found], np.float32).reshape(-1, 4)/len(p), np.array([f[0] for f in found], np.float32)
 
-# %% ../nbs/28_training_wave.ipynb #99f82775
+# %% ../nbs/28_training_wave.ipynb #d41a6074
 def _mean_of_mirrors(out, other):
     "Mean of SensorNet's output for plates and for their mirror images, turned back: (n, 261)."
     box, crack, logits = heads(other)
-    back = torch.stack([box[:, 0], 1 - box[:, 3], box[:, 2], 1 - box[:, 1]], 1)
-    return (out + torch.cat([back, crack[:, None], logits.flip(1).flatten(1)], 1))/2
+    return (out + torch.cat([torch.from_numpy(flip_boxes(box.numpy())), crack[:, None], logits.flip(1).flatten(1)], 1))/2
 
 # %% ../nbs/28_training_wave.ipynb #a0de31a5
 @torch.inference_mode()

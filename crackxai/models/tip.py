@@ -7,10 +7,10 @@ __all__ = ['BLOCKS', 'BUILDERS', 'Down', 'Up', 'UNet', 'ParallelNets', 'normalis
            'normalised_tip', 'dice_loss', 'tip_loss', 'total_loss', 'tip_from_map', 'affine', 'augment_fields',
            'load_tip', 'predict_tip']
 
-# %% ../../nbs/22_models_tip.ipynb #790e525e
+# %% ../../nbs/22_models_tip.ipynb #509948f5
 import math
 
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn
 
 from ..core import InputError
