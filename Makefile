@@ -42,10 +42,10 @@ reproduce: $(STAMP) ## every paper notebook into runs/PROFILE/ (PROFILE=quick, c
 	@$(GUARD) $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-incomplete --quiet host reason \
 	  --config profile=$(PROFILE) || { code=$$?; \
 	  [ $$code -ne 75 ] || echo 'runs/$(PROFILE) is being made by another process: wait for it or end it'; exit $$code; }
-	@echo 'Results: runs/$(PROFILE)/'
+	@echo 'Results: runs/$(PROFILE)/, to read: runs/$(PROFILE)/report.html'
 
 inspect: $(STAMP) ## the interactive page in JupyterLab
-	@$(BIN)/jupyter lab $(if $(wildcard nbs/inspect.ipynb),nbs/inspect.ipynb,nbs)
+	@$(BIN)/jupyter lab nbs/inspect.ipynb --ServerApp.tornado_settings='{"websocket_max_message_size": 104857600}'
 
 clean: ## remove what builds and tests left; .venv, runs/ and data/raw/ stay
 	@rm -rf .snakemake .pytest_cache .hypothesis build dist *.egg-info _proc _docs

@@ -22,6 +22,7 @@ NOTEBOOKS = {
     'moreh2024_30_cost': [],
     'moreh2024_40_explanation': ['moreh2024_10_train'],
     'moreh2024_50_beyond': ['moreh2024_10_train'],
+    'beyond_10_weak_to_pixel': [],
 }
 
 if not Path(PARAMETERS).is_file():
@@ -41,7 +42,7 @@ def executed(stem):
 
 rule summary:
     input: [record(stem) for stem in NOTEBOOKS]
-    output: f'{RUN}/published_vs_reproduced.csv'
+    output: f'{RUN}/published_vs_reproduced.csv', f'{RUN}/report.html'
     message: 'published_vs_reproduced'
     shell: f'{sys.executable} -m crackxai.reproduce --collect --profile {PROFILE}'
 

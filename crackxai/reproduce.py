@@ -117,24 +117,26 @@ def collect(
     with atomic_path(folder/'published_vs_reproduced.csv') as p: pd.concat([pd.read_csv(f) for f in parts]).to_csv(p, index=False, float_format='%.6g')
     return folder/'published_vs_reproduced.csv'
 
-# %% ../nbs/82_reproduce.ipynb #4c47e7cb
+# %% ../nbs/82_reproduce.ipynb #39920311
 INTENDED = dict(
     vgg11_128=('Intended use: `crackxai segment` on photos of masonry at about the scale of the training data (cracks 2 to 20 px wide). It says crack or intact',
                'for tiles of 112 px; masks are explanations of that decision, not measurements. Do not rely on it alone where safety depends on it.'),
+    surface_pair=('Intended use: `crackxai segment` on photos of masonry at about the scale of the training data (cracks 2 to 20 px wide). The classifier says crack or intact',
+                  'for tiles of 112 px, the student draws. Neither has seen a pixel label. Do not rely on the masks alone where safety depends on them.'),
     parallelnets=('Intended use: `crackxai tip` on displacement fields of plates with one crack that comes from the left, as measured by DIC. Trained on generated fields',
                   'only; how it fares on a measured stage stands in `figures/melching2022/`. Look at the attention picture before you trust a tip.'),
     sensornet=('Intended use: `crackxai locate` on waves of the set-up in `data.wave` (101 x 101 nodes, source at the middle of the left edge, 9 x 9 sensors, 2000 steps).',
                'Trained on simulated plates only. Another set-up needs its own training; nothing measured has been tried.'))
 
-# %% ../nbs/82_reproduce.ipynb #c72194d8
+# %% ../nbs/82_reproduce.ipynb #f20f43e9
 def model_card(
     path,  # weights file
 ):
     "The model card of a weights file as Markdown, rendered from its header."
-    from crackxai.models import classify, keypoint, tip
+    from crackxai.models import classify, keypoint, segment, tip
     header = classify.read_header(path)
     spec, card = header['spec'], header['card']
-    model = classify.load_weights(path, {**classify.BUILDERS, **tip.BUILDERS, **keypoint.BUILDERS})
+    model = classify.load_weights(path, {**segment.BUILDERS, **segment.SURFACE_BUILDERS, **tip.BUILDERS, **keypoint.BUILDERS})
     lines = [f'# {Path(path).stem}', '', f'Hash of the weights: `{classify.state_hash(model)}`. Written by the paper notebooks, rendered from the file\'s header.', '',
              '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in spec.items()), *(f'| {k} | {json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v} |' for k, v in card.items()), '',
              *INTENDED.get(spec['architecture'], ('Trained in a paper notebook, for comparison.',)), '']
@@ -185,10 +187,22 @@ def _moreh_tables(folder):
     lines += [f'| {n} | {printed(n, "box IoU")} | {_number(r["iou", "mean"], 3)} | {_number(r["iou", "std"], 3)} | {printed(n, "pixel IoU")} | {_number(r["pixel_iou", "mean"], 3)} |' for n, r in t.iterrows()]
     return [f'Moreh 2024. Data: {record["source"]}, {record["plates"]} plates not used in training; the paper\'s plates are not public and differ.', '', *lines]
 
-# %% ../nbs/82_reproduce.ipynb #04ec9557
+# %% ../nbs/82_reproduce.ipynb #5c952815
+def _beyond_tables(folder):
+    "README's results of the student."
+    import pandas as pd
+    record = json.loads((folder/'beyond_10_weak_to_pixel.json').read_text())
+    t = pd.read_csv(folder/'beyond_10_weak_to_pixel.csv', index_col='rung')
+    names = dict(lrp='LRP, GMM, cleaned', deeplift='DeepLift, GMM, cleaned', student1='student, round 1', student2='student, round 2', oracle='the same network with pixel labels')
+    lines = ['| one-bit labels only, but for the last row | F1 [%] | 95 % interval over photos | F1 within 2 px [%] |', '|---|---|---|---|']
+    lines += [f'| {name} | {_number(100*t.f1[k])} | {100*t.f1_low[k]:.0f} to {100*t.f1_high[k]:.0f} | {_number(100*t.f1_within_2px[k])} |' for k, name in names.items()]
+    return [f'Beyond: a student that learns from explanations. Data: {record["source"]}, {int(t.tiles.max())} cracked test tiles of unseen photos, folds {", ".join(map(str, record["folds"]))}.', '', *lines]
+
+# %% ../nbs/82_reproduce.ipynb #b05e7d09
 def _readme_tables(root):
     "The README's results, from figures/: a part for each paper that has been released."
-    parts = [(_forest_tables, 'forest2024', '30_segmentation'), (_melching_tables, 'melching2022', '20_performance'), (_moreh_tables, 'moreh2024', '20_localisation')]
+    parts = [(_forest_tables, 'forest2024', '30_segmentation'), (_melching_tables, 'melching2022', '20_performance'), (_moreh_tables, 'moreh2024', '20_localisation'),
+             (_beyond_tables, 'beyond', '10_weak_to_pixel')]
     done = [make(root/'figures'/paper) for make, paper, stem in parts if (root/'figures'/paper/f'{paper}_{stem}.json').is_file()]
     return '\n\n'.join('\n'.join(lines) for lines in done)
 
@@ -206,7 +220,7 @@ def _released(relative):
     "Is a file of a run part of the release: figures, tables, records and executed notebooks, not counts, checkpoints or predictions."
     return relative.suffix in {'.png', '.csv', '.json', '.ipynb', '.gif'} and (len(relative.parts) == 2 or relative.parts[1] == 'run')
 
-# %% ../nbs/82_reproduce.ipynb #525c37bf
+# %% ../nbs/82_reproduce.ipynb #8bf39bb8
 def release(
     profile='cpu',
 ):
@@ -215,7 +229,7 @@ def release(
     root = find_root()
     run, done = root/'runs'/profile, []
     copies = [(f, root/'figures'/f.relative_to(run)) for f in sorted(run.glob('*/**/*')) if f.is_file() and _released(f.relative_to(run))]
-    copies += [(f, root/'data'/'weights'/f.name) for f in sorted([*run.glob('*/classifier/*.safetensors'), *run.glob('*/weights/*.safetensors')]) if not f.stem.startswith('fold')]
+    copies += [(f, root/'data'/'weights'/f.name) for f in [*sorted(run.glob('*/classifier/*.safetensors')), *sorted(run.glob('*/weights/*.safetensors'))] if not f.stem.startswith('fold')]
     for source, target in copies:
         with atomic_path(target) as p: shutil.copyfile(source, p)
         done.append(target.relative_to(root))
@@ -226,18 +240,21 @@ def release(
     with atomic_path(root/'README.md') as p: p.write_text(text, encoding='utf-8')
     return done
 
-# %% ../nbs/82_reproduce.ipynb #3da6b6fd
+# %% ../nbs/82_reproduce.ipynb #1784b23e
 def main(arguments=None):
     "python -m crackxai.reproduce STEM --profile P | --collect --profile P | --release --profile P"
     parser = argparse.ArgumentParser(prog='python -m crackxai.reproduce', description='Run a paper notebook with a profile, or collect the results.')
     parser.add_argument('stem', nargs='?', help='notebook in nbs/papers, without .ipynb')
     parser.add_argument('--profile', default='quick', help='quick, cpu or paper')
-    parser.add_argument('--collect', action='store_true', help='join the comparisons into published_vs_reproduced.csv')
+    parser.add_argument('--collect', action='store_true', help='join the comparisons into published_vs_reproduced.csv and write report.html')
     parser.add_argument('--release', action='store_true', help='copy the run to figures/ and data/weights/, render README.md')
     given = parser.parse_args(arguments)
     try:
         if given.release: print(len(release(given.profile)), 'files written to figures/ and data/weights/')
-        elif given.collect: print(collect(find_root()/'runs'/given.profile).relative_to(find_root()))
+        elif given.collect:
+            from crackxai.run_report import run_report
+            folder = find_root()/'runs'/given.profile
+            for made in (collect(folder), run_report(folder, given.profile)): print(made.relative_to(find_root()))
         elif given.stem: started = time.time(); print(run_notebook(given.stem, given.profile).relative_to(find_root()), f'{time.time() - started:.0f} s')
         else: parser.error('name a notebook, or --collect')
     except InputError as error:

@@ -258,19 +258,24 @@ def _light(x, rng):
     grey = x.mean(1, keepdim=True)
     return grey + (x - grey)*r(0, 1.2)
 
-# %% ../../nbs/10_data_surface.ipynb #77922c15
+# %% ../../nbs/10_data_surface.ipynb #88d6f322
 def augment(
     x,                # (n, 3, h, w) float in 0..1
     rng,              # torch.Generator
     strength='full',  # 'none'; 'flips' (the paper: horizontal and vertical); 'full' (ours: turns, zoom, light, noise)
+    target=None,      # (n, k, h, w) pictures that turn and move with the images (masks): then a pair comes back
 ):
     "Randomly changed copies; the label stays."
-    if strength == 'none': return x
+    c, x = x.shape[1], x if target is None else torch.cat([x, target.to(x)], 1)
+    done = lambda x: x if target is None else (x[:, :c], x[:, c:])
+    if strength == 'none': return done(x)
     if strength == 'flips':
         flip = torch.rand(len(x), 2, generator=rng) < .5
         x = torch.where(flip[:, :1, None, None], x.flip(-1), x)
-        return torch.where(flip[:, 1:, None, None], x.flip(-2), x)
+        return done(torch.where(flip[:, 1:, None, None], x.flip(-2), x))
     if strength != 'full': raise InputError('augment', f'{strength!r} is unknown', 'choose none, flips or full')
     x = torch.stack([dihedral(i, int(k)) for i, k in zip(x, torch.randint(8, (len(x),), generator=rng))])
-    x = _light(_affine(x, rng, zoom=.25, turn=20), rng)
-    return (x + torch.randn(x.shape, generator=rng)*.02*torch.rand(len(x), 1, 1, 1, generator=rng)).clamp(0, 1)
+    x = _affine(x, rng, zoom=.25, turn=20)
+    x, target = _light(x[:, :c], rng), None if target is None else x[:, c:]
+    x = (x + torch.randn(x.shape, generator=rng)*.02*torch.rand(len(x), 1, 1, 1, generator=rng)).clamp(0, 1)
+    return x if target is None else (x, target)

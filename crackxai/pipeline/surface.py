@@ -6,20 +6,23 @@
 __all__ = ['SEVERITY_COLUMNS', 'blend_weights', 'Segmentation', 'Segmenter', 'find_images', 'overlay', 'segment_file',
            'segment_files']
 
-# %% ../../nbs/62_pipeline_surface.ipynb #ff287ccf
+# %% ../../nbs/62_pipeline_surface.ipynb #eb6a8a04
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, torch
 from scipy import ndimage
+from skimage.filters import apply_hysteresis_threshold
 
 from ..attribution import METHODS, attribute
 from ..core import InputError
 from ..data.surface import IMAGE_SUFFIXES, read_image, resize, tile_corners
-from ..models.classify import load_weights, predict
+from ..models.classify import predict
+from ..models.segment import load_surface
 from ..morphology import THRESHOLDS, clean
 from .files import find_files, run_files, save_png
 from ..severity import Severity, severity
+from ..training_segment import draw
 
 # %% ../../nbs/62_pipeline_surface.ipynb #844de718
 def blend_weights(
@@ -29,12 +32,12 @@ def blend_weights(
     w = np.sin(np.pi*(np.arange(size) + .5)/size)**2
     return np.outer(w, w)
 
-# %% ../../nbs/62_pipeline_surface.ipynb #2c04dec4
+# %% ../../nbs/62_pipeline_surface.ipynb #ba6cfdc7
 @dataclass
 class Segmentation:
     "What the chain says about one image."
     mask: np.ndarray         # (h, w) bool
-    attribution: np.ndarray  # (h, w) float32: relevance for 'crack', blended over the tiles
+    attribution: np.ndarray  # (h, w) float32: relevance for 'crack', or the student's crack probability, blended over the tiles
     probability: float       # of a crack: the largest of all tiles
     severity: Severity
     tiles: list              # of dict: top, left, probability
@@ -56,34 +59,45 @@ def _checked(image):
     if image.min() < 0 or image.max() > 1: raise InputError('image', f'pixels run from {image.min():.3g} to {image.max():.3g}', 'scale them to 0..1')
     return image
 
-# %% ../../nbs/62_pipeline_surface.ipynb #8dcfa353
+# %% ../../nbs/62_pipeline_surface.ipynb #3812ed57
 class Segmenter:
     "A trained classifier, an explanation method and the post-processing, ready for images of any size."
     def __init__(self,
         model,               # classifier with logits (intact, crack)
-        method='lrp',        # key of METHODS
+        method=None,         # key of METHODS, or 'student'; default: the student where there is one, else lrp
         threshold='gmm',     # key of THRESHOLDS
         morphology=True,     # clean the mask with the sizes below
         close1=5, min_area=50, close2=1,  # 1: no second closing (25 in the paper); on whole patches it adds area and costs precision
         cut=112,             # side of a tile in the photo [px]
         overlap=.5,          # share of a tile that the next one covers again
-        min_probability=.5,  # tiles at or below it are taken for intact
+        min_probability=None,  # tiles below it are taken for intact; default: 0.5, and 0 for the student, who has learned from intact tiles
+        student=None,        # network that draws masks, from `crackxai.student`
+        possible=.5, sure=.5,  # of the student's probability: a crack is made of possible pixels, one of them sure
         batch=8,
         **options,           # of the method
     ):
-        if method not in METHODS: raise InputError('method', f'{method!r} is unknown', f'choose one of {", ".join(METHODS)}')
+        method = method or ('student' if student is not None else 'lrp')
+        if method == 'student' and student is None: raise InputError('method', 'these weights have no student', f'choose one of {", ".join(METHODS)}')
+        if method not in (*METHODS, 'student'): raise InputError('method', f'{method!r} is unknown', f'choose one of {", ".join([*METHODS, "student"][:None if student is not None else -1])}')
         if threshold not in THRESHOLDS: raise InputError('threshold', f'{threshold!r} is unknown', f'choose one of {", ".join(THRESHOLDS)}')
         self.model, self.method, self.threshold, self.morphology = model.eval(), method, threshold, morphology
+        self.student, self.possible, self.sure = student.eval() if student is not None else None, possible, sure
+        self.card = {}
         self.sizes = dict(close1=close1, min_area=min_area, close2=close2)
-        self.cut, self.stride, self.min_probability, self.batch, self.options = cut, max(1, round(cut*(1 - overlap))), min_probability, batch, options
+        self.cut, self.stride, self.batch, self.options = cut, max(1, round(cut*(1 - overlap))), batch, options
+        self.min_probability = min_probability if min_probability is not None else 0. if method == 'student' else .5
     @classmethod
     def load(cls,
         weights='masonry',  # a shipped name or a .safetensors file
         **options,          # of Segmenter
     ):
-        "From shipped weights or a file; the card's defaults apply unless given."
-        model = load_weights(weights)
-        return cls(model, **{**model.card.get('segmenter', {}), **options})
+        "From shipped weights or a file. The card's settings apply unless given; those that were chosen for its method apply to that method only."
+        model, student, card = load_surface(weights)
+        chosen = card.get('segmenter', {})
+        other = options.get('method') not in (None, chosen.get('method'))
+        made = cls(model, student=student, **{**({k: v for k, v in chosen.items() if k == 'cut'} if other else chosen), **options})
+        made.card = card
+        return made
 
 # %% ../../nbs/62_pipeline_surface.ipynb #d5404489
 def _baselines(tiles, probability, most=10):
@@ -93,17 +107,29 @@ def _baselines(tiles, probability, most=10):
     if len(order): return tiles[order]
     return torch.from_numpy(ndimage.gaussian_filter(tiles[:1].numpy(), (0, 0, 16, 16)))
 
-# %% ../../nbs/62_pipeline_surface.ipynb #8a1a2cf1
+# %% ../../nbs/62_pipeline_surface.ipynb #fbc88de3
+def _fit(values, side):
+    "Pictures (n, h, w) at another size."
+    return torch.nn.functional.interpolate(torch.from_numpy(values)[:, None], (side, side), mode='bilinear', align_corners=False)[:, 0].numpy()
+
+# %% ../../nbs/62_pipeline_surface.ipynb #e50da3ba
 def _explained(self, tiles, probability):
     "Attribution and thresholded mask of the cracked tiles, in the tile's own pixels."
     rows = np.flatnonzero(probability > self.min_probability)
     if not len(rows): return rows, [], [], np.zeros(0)
     baselines = None if METHODS[self.method].baselines == 'none' else _baselines(tiles, probability)
     a = attribute(self.model, tiles[rows], self.method, baselines=baselines, batch=self.batch, **self.options)
-    values = torch.nn.functional.interpolate(torch.from_numpy(a.values)[:, None], (self.cut, self.cut), mode='bilinear', align_corners=False)[:, 0].numpy()
+    values = _fit(a.values, self.cut)
     return rows, values, [THRESHOLDS[self.threshold](v) for v in values], a.relative_delta
 
-# %% ../../nbs/62_pipeline_surface.ipynb #2578f5c7
+# %% ../../nbs/62_pipeline_surface.ipynb #7dd0f6bf
+def _drawn(self, tiles, probability):
+    "The student's probabilities, in the tile's own pixels."
+    rows = np.flatnonzero(probability >= self.min_probability)
+    values = _fit(draw(self.student, tiles[rows], self.batch), self.cut)
+    return rows, values, values, np.zeros(0)
+
+# %% ../../nbs/62_pipeline_surface.ipynb #e6ad8584
 def _segment(self, image, mm_per_px=None):
     "Segment one image: (3, h, w) or (h, w) in 0..1. Returns a Segmentation."
     image = _checked(image)
@@ -117,7 +143,7 @@ def _segment(self, image, mm_per_px=None):
         part = corners[i:i + 16*self.batch]
         tiles = resize(torch.from_numpy(np.stack([full[:, t:t + self.cut, l:l + self.cut] for t, l in part])), size)
         probability = predict(self.model, tiles, self.batch)[:, 1].numpy()
-        rows, values, masks, delta = _explained(self, tiles, probability)
+        rows, values, masks, delta = (_drawn if self.method == 'student' else _explained)(self, tiles, probability)
         deltas.extend(delta)
         for (t, l), p in zip(part, probability):
             total[t:t + self.cut, l:l + self.cut] += weight
@@ -126,7 +152,9 @@ def _segment(self, image, mm_per_px=None):
             t, l = part[row]
             relevance[t:t + self.cut, l:l + self.cut] += weight*v
             votes[t:t + self.cut, l:l + self.cut] += weight*m
-    mask = (votes > .5*total)[:h, :w]
+    if self.method == 'student': votes = apply_hysteresis_threshold(votes/total, self.possible, self.sure)
+    else: votes = votes > .5*total
+    mask = votes[:h, :w]
     mask = clean(mask, **self.sizes) if self.morphology and mask.any() else mask
     return Segmentation(mask, (relevance/np.maximum(total, 1e-12))[:h, :w], max(t['probability'] for t in found),
                         severity(mask, mm_per_px), found, float(np.median(deltas)) if deltas else float('nan'))
