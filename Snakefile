@@ -10,8 +10,12 @@ PARAMETERS = f'nbs/profiles/{PROFILE}.yaml'
 # notebook: the notebooks whose results it needs
 NOTEBOOKS = {
     'forest2024_10_classifier': [],
+    'forest2024_15_explainers': ['forest2024_10_classifier'],
     'forest2024_20_attribution': ['forest2024_10_classifier'],
     'forest2024_30_segmentation': ['forest2024_10_classifier'],
+    'forest2024_35_augsmooth': ['forest2024_15_explainers'],
+    'forest2024_45_runtime': ['forest2024_15_explainers'],
+    'forest2024_55_faithfulness': ['forest2024_15_explainers'],
     'melching2022_10_train': [],
     'melching2022_20_performance': ['melching2022_10_train'],
     'melching2022_30_attention': ['melching2022_10_train'],

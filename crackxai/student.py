@@ -96,19 +96,23 @@ def levels(
         out.append(float(ndimage.maximum(p, labels, large).max()) if len(large) else 0.)
     return np.array(out)
 
-# %% ../nbs/68_student.ipynb #726634ae
+# %% ../nbs/68_student.ipynb #4afa21a5
 def choose_sure(
     level,          # (n,) of validation tiles
     label,          # (n,) 1 crack, 0 intact
-    allowed=.01,    # share of intact tiles that may keep a piece
-    least=.5, most=.95,
+    allowed=None,   # share of intact tiles that may keep a piece; None: the best balanced accuracy decides
+    least=.5,
 ):
-    "The smallest sureness that leaves no more than `allowed` of the intact tiles a piece, within least..most; and what it keeps."
+    "How sure a crack must be, and what that keeps: dict of sure, intact_with_mask, cracked_with_mask, auc. Raises InputError where a class is missing."
     level, label = np.asarray(level, float), np.asarray(label)
-    intact = np.sort(level[label == 0])
-    if not len(intact) or not (label == 1).any(): raise InputError('validation', 'needs intact and cracked tiles')
-    sure = float(np.clip(np.nextafter(intact[max(0, int(np.ceil(len(intact)*(1 - allowed))) - 1)], 2), least, most))
-    return dict(sure=sure, intact_with_mask=float((intact >= sure).mean()), cracked_with_mask=float((level[label == 1] >= sure).mean()), auc=roc(level, label)['auc'])
+    intact, cracked = np.sort(level[label == 0]), level[label == 1]
+    if not len(intact) or not len(cracked): raise InputError('validation', 'needs intact and cracked tiles')
+    if allowed is None:
+        tried = np.unique(np.r_[least, level[level >= least]])
+        gain = [(cracked >= s).mean() - (intact >= s).mean() for s in tried]
+        sure = float(tried[int(np.argmax(gain))])
+    else: sure = max(least, float(np.nextafter(intact[max(0, int(np.ceil(len(intact)*(1 - allowed))) - 1)], 2)))
+    return dict(sure=sure, intact_with_mask=float((intact >= sure).mean()), cracked_with_mask=float((cracked >= sure).mean()), auc=roc(level, label)['auc'])
 
 # %% ../nbs/68_student.ipynb #736528e2
 def targets_of(

@@ -67,7 +67,7 @@ def browser_page(lab):
         page.on('pageerror', lambda e: errors.append(str(e)))
         page.goto(lab.url)
         page.locator('.jp-Notebook .jp-Cell').first.wait_for()
-        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()   # the kernel is there
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state='attached')   # the kernel is there
         page.get_by_role('menuitem', name='Run', exact=True).click()
         page.locator('.lm-Menu-item', has_text='Run All Cells').first.click()
         try: page.locator('.crackxai-surface-picture').wait_for(state='attached', timeout=3000*PATIENCE)
