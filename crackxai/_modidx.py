@@ -1100,4 +1100,5 @@ d = { 'settings': { 'branch': 'main',
                                   'crackxai.widgets.slider': ('widgets.html#slider', 'crackxai/widgets.py'),
                                   'crackxai.widgets.switch': ('widgets.html#switch', 'crackxai/widgets.py'),
                                   'crackxai.widgets.tab': ('widgets.html#tab', 'crackxai/widgets.py'),
-                                  'crackxai.widgets.table': ('widgets.html#table', 'crackxai/widgets.py')}}}
+                                  'crackxai.widgets.table': ('widgets.html#table', 'crackxai/widgets.py'),
+                                  'crackxai.widgets.told': ('widgets.html#told', 'crackxai/widgets.py')}}}

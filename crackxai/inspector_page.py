@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['receive', 'inspector']
 
-# %% ../nbs/83_inspector_page.ipynb #4c4ece30
+# %% ../nbs/83_inspector_page.ipynb #5240e9d5
 import re
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .data.surface import read_image
 from .data.waveset import read_waves
 from .inspector import BASELINES, LARGEST, STAGES, field, masonry_here, photo, stages_here, surface, waves
 from .models.tip import BLOCKS
-from .widgets import Page, choice, entry, slider, switch, tab
+from .widgets import Page, choice, entry, slider, switch, tab, told
 
 # %% ../nbs/83_inspector_page.ipynb #05c8d8ce
 def receive(
@@ -117,11 +117,11 @@ def _waves_tab(folder, weights):
         headings=dict(sample='Plate', shown='What is drawn'),
         intro='A pulse runs from the star through a plate with a hidden crack; 81 sensors hear it. The network says <b>where the crack is</b> (box), and the method which sensors and which moments told it.')
 
-# %% ../nbs/83_inspector_page.ipynb #48507651
+# %% ../nbs/83_inspector_page.ipynb #22cccf1d
 def inspector(
     folder='inspect_out',  # where views and uploads are kept; can be changed on the page
     surface='masonry', dic='dic', wave='wave',  # weights of the three tabs
 ):
     "The page: `.tabs` by title, `.box` for a notebook to show."
-    where = ipywidgets.Text(str(folder), description='folder', tooltip='Folder for saved views and uploads; made if needed', style=dict(description_width='98px'), layout=ipywidgets.Layout(width='330px'))
+    where = ipywidgets.Text(str(folder), **told('folder', 'Folder for saved views and uploads; made if needed'), style=dict(description_width='98px'), layout=ipywidgets.Layout(width='330px'))
     return Page({'Surface': _surface_tab(where, surface), 'DIC': _field_tab(where, dic), 'Waves': _waves_tab(where, wave)})

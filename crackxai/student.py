@@ -71,15 +71,23 @@ def explanations(
         with atomic_path(keep) as p: np.savez_compressed(p, maps=maps.astype(np.float16), made=made)
     return rows, maps.astype(np.float16).astype(np.float32) if keep else maps
 
-# %% ../nbs/68_student.ipynb #b3471762
+# %% ../nbs/68_student.ipynb #cd406142
 def first_masks(
     maps,    # (m, s, s) from `explanations`
     images,  # (m, 3, s, s) uint8
     blur=6,
+    keep=None,  # file that keeps the masks; read back when it belongs to the same maps and images
 ):
-    "Crack probabilities (m, s, s) float32: relevance times image evidence, grown over the image."
-    pixels = images.numpy()/255.
-    return np.stack([grown(fused([v], x, blur), x) for v, x in zip(maps, pixels)]) if len(maps) else np.zeros(maps.shape, np.float32)
+    "Crack probabilities (m, s, s) float32 in steps of 1/255: relevance times image evidence, grown over the image."
+    made = hashlib.sha256(np.ascontiguousarray(maps).tobytes() + images.numpy().tobytes() + str(blur).encode()).hexdigest()
+    if keep and Path(keep).is_file():
+        with np.load(keep, allow_pickle=False) as f:
+            if str(f['made']) == made: return f['masks'].astype(np.float32)/255
+    masks = [np.rint(255*grown(fused([v], x, blur), x)).astype(np.uint8) for v, x in zip(maps, images.numpy()/255.)]
+    masks = np.stack(masks) if masks else np.zeros(maps.shape, np.uint8)
+    if keep:
+        with atomic_path(keep) as p: np.savez_compressed(p, masks=masks, made=made)
+    return masks.astype(np.float32)/255
 
 # %% ../nbs/68_student.ipynb #951d353d
 def levels(
@@ -127,7 +135,7 @@ def targets_of(
     picture[:good.sum()] = np.asarray(probability)[good]
     return np.concatenate([np.asarray(rows)[good], intact]).astype(int), soft_targets(picture)
 
-# %% ../nbs/68_student.ipynb #56fc7806
+# %% ../nbs/68_student.ipynb #d4fcf8ab
 def teach(
     classifier,     # trained on the same one-bit labels
     train,          # LabelledImages
@@ -152,7 +160,7 @@ def teach(
     out = Path(out)
     rows, maps = explanations(classifier, train, baselines, method, keep=out/'maps.npz')
     if len(rows) < 2: raise InputError('classifier', f'recognises {len(rows)} cracked training tiles', 'train it longer or add images')
-    guess, student, record = first_masks(maps, train.images[rows]), None, []
+    guess, student, record = first_masks(maps, train.images[rows], keep=out/'first.npz'), None, []
     crop = None if crop is None or crop >= train.images.shape[-1] else crop
     for k in range(rounds):
         used, targets = targets_of(train, rows, guess)

@@ -207,7 +207,7 @@ def test_waves(browser_page, lab):
 
 def test_every_control_has_its_tooltip_in_the_page(browser_page):
     page = browser_page.page
-    for name, parts in dict(surface='sample weights method compare baseline threshold close1 min_area close2 strength truth across down save upload folder line', dic='sample stage shown layer view_mm side weights save upload',
+    for name, parts in dict(surface='sample weights method compare baseline threshold close1 min_area close2 strength truth across down save upload folder', dic='sample stage shown layer view_mm side weights save upload',
                             waves='sample step shown method sensor weights save upload').items():
         for part in parts.split():
             told = Tab(page, name).at(part).evaluate('e => [e, ...e.querySelectorAll("[title]")].map(x => x.getAttribute("title") || "").join("")')
