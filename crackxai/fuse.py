@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['crack_evidence', 'relevance', 'fused', 'grown']
 
-# %% ../nbs/45_fuse.ipynb #2809cc1d
+# %% ../nbs/45_fuse.ipynb #98b8150b
+import warnings
+
 import numpy as np
 from scipy import ndimage
 from skimage.filters import sato
@@ -47,7 +49,7 @@ def fused(
     mean = np.mean([relevance(m, blur) for m in maps], 0)
     return mean if image is None else mean*crack_evidence(image)
 
-# %% ../nbs/45_fuse.ipynb #9331fae4
+# %% ../nbs/45_fuse.ipynb #101cba2b
 def grown(
     score,  # (h, w) from `fused`
     image,  # (3, h, w) in 0..1
@@ -62,4 +64,7 @@ def grown(
     seeds[mask & (score >= np.quantile(score[mask], sure))] = 1
     if not ((seeds == 0).any() and (seeds == 2).any()): return mask.astype(np.float32)
     grey = ndimage.gaussian_filter(1 - raw_map(image), .7)
-    return np.clip(random_walker(grey, seeds, beta=beta, mode='cg_j', return_full_prob=True, prob_tol=.05)[0], 0, 1).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The probability range')      # the solver's rounding; clipped here
+        p = random_walker(grey, seeds, beta=beta, mode='cg_j', return_full_prob=True)[0]
+    return np.clip(p, 0, 1).astype(np.float32)

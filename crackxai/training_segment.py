@@ -67,7 +67,7 @@ class PairBatches:
                 x, t = (v[..., top:top + self.crop, left:left + self.crop] for v in (x, t))
             yield x, t.clamp(0, 1)
 
-# %% ../nbs/26_training_segment.ipynb #b369c581
+# %% ../nbs/26_training_segment.ipynb #c472f5bf
 def train_segment(
     images,          # (n, 3, s, s) uint8
     targets,         # (n, 2, s, s) uint8: `soft_targets`
@@ -85,14 +85,14 @@ def train_segment(
     strength='full',
     q=0.,
     seed=0,
-    settings=None,   # what else identifies the targets
+    settings=None,   # what identifies the targets: other settings start the training anew, the targets themselves are not compared
     progress=True,
 ):
     "Train U-Net11 on targets; returns the network in evaluation mode and the record of the fit."
     torch.manual_seed(seed)
     model = unet11(width=width, batch_norm=batch_norm)
     if start is not None: model.load_state_dict(start.state_dict())
-    made = dict(images=len(images), sum=int(targets.sum(dtype=torch.int64)), batch=batch, crop=crop, strength=strength, q=q, **(settings or {}))
+    made = dict(images=len(images), batch=batch, crop=crop, strength=strength, q=q, **(settings or {}))
     record = fit(model, PairBatches(images, targets, batch, crop, strength), lambda out, t: pixel_loss(out, t, q), validate or (lambda m: {}), out, epochs, lr, weight_decay,
                  schedule='one_cycle', decoupled=True, monitor=monitor if validate else None, seed=seed, settings=made, progress=progress)
     return model.cpu().eval(), record
