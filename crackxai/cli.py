@@ -158,7 +158,7 @@ def locate(paths, out, weights):
 def train():
     "Train networks on your own data."
 
-# %% ../nbs/80_cli.ipynb #f6b637c6
+# %% ../nbs/80_cli.ipynb #27fbf4ac
 @train.command('surface')
 @click.option('--images', required=True, type=click.Path(), help='Folder that holds crack/ and intact/.')
 @click.option('--out', required=True, type=click.Path(), help='The .safetensors file to write; the report is written beside it.')
@@ -178,11 +178,11 @@ def train_surface_command(images, out, profile, group, seed):
     """
     from tqdm import tqdm
     from crackxai.report import training_page, write_page
-    from crackxai.train_surface import read_folder, train_surface
+    from crackxai.train_surface import PROFILES, read_folder, train_surface
     out = Path(out)
     if out.suffix != '.safetensors': raise InputError('--out', f'{out.name} does not end in .safetensors', 'name the file, e.g. mywalls.safetensors')
     if out.is_dir() or not out.absolute().parent.is_dir(): raise InputError('--out', f'{out} cannot be written', 'name a file in a folder that exists')
-    data = read_folder(images, group, 64 if profile == 'quick' else None, lambda files: tqdm(files, desc='reading', unit='image', disable=None))
+    data = read_folder(images, group, PROFILES[profile]['size'], lambda files: tqdm(files, desc='reading', unit='image', disable=None))
     for f in data.failures: click.echo(f'  left out: {f["reason"]}', err=True)
     click.echo(f'{len(data)} images of {len(set(data.group))} photos (told apart by {data.grouped}), {data.cut} px shown at {data.images.shape[-1]}')
     trained = train_surface(data, out, profile, seed, say=click.echo)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'COLOURS', 'RELEVANCE', 'STYLE', 'new_figure', 'caption', 'show_image', 'show_relevance', 'show_mask',
-           'outline', 'step_curve', 'paired_bars']
+           'outline', 'step_curve', 'error_bars', 'paired_bars']
 
 # %% ../nbs/70_figures.ipynb #67864bf4
 import textwrap
@@ -104,7 +104,27 @@ def step_curve(
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol='')); ax.set_ylabel(ylabel); ax.set_ylim(0, 1.1*max(map(max, values.values())))
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
 
-# %% ../nbs/70_figures.ipynb #27389970
+# %% ../nbs/70_figures.ipynb #c46ef3c5
+def error_bars(
+    ax,
+    names,       # (n,)
+    series,      # dict: label -> (n,) errors
+    intervals=None,  # dict: label -> (n, 2)
+    ylabel='',
+    log=False,
+):
+    "Bars side by side in their own unit, with intervals where there are any; nan leaves a gap."
+    n, at = len(series), np.arange(len(names))
+    for i, ((label, v), colour) in enumerate(zip(series.items(), COLOURS)):
+        x, v = at + (i - (n - 1)/2)*.8/n, np.asarray(v, float)
+        ax.bar(x, v, .8/n, color=colour, label=label)
+        if intervals and label in intervals:
+            low, high = np.asarray(intervals[label], float).T
+            ax.errorbar(x, v, [np.maximum(v - low, 0), np.maximum(high - v, 0)], fmt='none', ecolor='0.2', elinewidth=.8, capsize=1.5)
+    if log: ax.set_yscale('log')
+    ax.set_xticks(at, names, rotation=20, ha='right'); ax.set_ylabel(ylabel)
+
+# %% ../nbs/70_figures.ipynb #a436015b
 def paired_bars(
     ax,
     names,      # of the groups
@@ -112,13 +132,7 @@ def paired_bars(
     intervals=None,  # dict: label -> (groups, 2)
     ylabel='F1 [%]',
 ):
-    "Bars side by side, with intervals where there are any."
-    n, x = len(series), np.arange(len(names))
-    for i, ((label, v), colour) in enumerate(zip(series.items(), COLOURS)):
-        at, v = x + (i - (n - 1)/2)*.8/n, np.asarray(v, float)
-        ax.bar(at, v, .8/n, color=colour, label=label)
-        if intervals and label in intervals:
-            low, high = np.asarray(intervals[label], float).T
-            ax.errorbar(at, v, [np.maximum(v - low, 0), np.maximum(high - v, 0)], fmt='none', ecolor='0.2', elinewidth=.8, capsize=1.5)
-    ax.set_xticks(x, names, rotation=20, ha='right'); ax.set_ylabel(ylabel); ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=''))
-    ax.legend(frameon=False, fontsize=8, ncols=n, loc='lower center', bbox_to_anchor=(.5, 1))
+    "Bars of shares side by side, in percent, with a legend above."
+    error_bars(ax, names, series, intervals, ylabel)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=''))
+    ax.legend(frameon=False, fontsize=8, ncols=len(series), loc='lower center', bbox_to_anchor=(.5, 1))

@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'BASELINES', 'STEPS', 'STAGES', 'SHOWN', 'FINE', 'WAVES', 'masonry_here', 'photo', 'explain', 'surface',
            'stages_here', 'field', 'waves']
 
-# %% ../nbs/81_inspector.ipynb #9fa788b2
+# %% ../nbs/81_inspector.ipynb #b55cc9ba
 import time, warnings
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from .metrics import box_scores
 from .models.classify import predict
 from .morphology import THRESHOLDS
 from .pipeline import CrackLocator, Segmenter, TipFinder, blend_weights
+from .pipeline.surface import _baselines, _fit, _padded
 from .views import field_view, surface_view, wave_view
 from .widgets import line_of
 
@@ -73,7 +74,7 @@ STEPS = dict(intgrad=dict(max_delta=None))   # 50 points, as in the paper, not u
 # %% ../nbs/81_inspector.ipynb #829707e5
 def _blurred(tiles): return torch.from_numpy(ndimage.gaussian_filter(tiles.numpy(), (0, 0, 16, 16)))
 
-# %% ../nbs/81_inspector.ipynb #6f006c73
+# %% ../nbs/81_inspector.ipynb #b0076cff
 def _attributed(model, tiles, rows, probability, method, baseline):
     "Maps (k, s, s) and relative errors of the chosen tiles."
     options = STEPS.get(method, {})
@@ -82,10 +83,7 @@ def _attributed(model, tiles, rows, probability, method, baseline):
         each = [attribute(model, t[None], method, baselines=_blurred(t[None]), **options) for t in tiles[rows]]
         return np.concatenate([a.values for a in each]), np.concatenate([a.relative_delta for a in each])
     else:
-        order = np.argsort(probability)
-        order = order[probability[order] < .5][:10]
-        intact = tiles[order] if len(order) else _blurred(tiles[:1])
-        against = dict(intact=intact, mean=tiles.mean((0, 2, 3), keepdim=True).expand(1, -1, *tiles.shape[2:]), black=torch.zeros_like(tiles[:1]))
+        against = dict(intact=_baselines(tiles, probability), mean=tiles.mean((0, 2, 3), keepdim=True).expand(1, -1, *tiles.shape[2:]), black=torch.zeros_like(tiles[:1]))
         a = attribute(model, tiles[rows], method, baselines=against[baseline], batch=8, **options)
     return a.values, a.relative_delta
 
@@ -96,16 +94,16 @@ def _blend(shape, cut, corners, weight, parts):
     for (t, l), part in zip(corners, parts): out[t:t + cut, l:l + cut] += weight*part
     return out
 
-# %% ../nbs/81_inspector.ipynb #e9a72ab1
+# %% ../nbs/81_inspector.ipynb #db7e251c
 @lru_cache(maxsize=4)
-def _segmenter(weights): return Segmenter.load(weights)
+def _segmenter(weights): return Segmenter.load(weights, method='lrp')   # any single explanation: the student's gate lets every tile pass
 
 @lru_cache(maxsize=4)
 def _tiles(sample, weights, across, down):
     "Photo, truth, source; the network; tiles of the padded photo, their corners and probability of a crack."
     (image, truth, source), seg = photo(sample), _segmenter(weights)
     image, truth = _cut(image, across, down), None if truth is None else _cut(truth, across, down)
-    full = np.pad(image, [(0, 0), *((0, max(0, seg.cut - n)) for n in image.shape[1:])], mode='symmetric')
+    full = _padded(image, seg.cut)
     corners = [(t, l) for t in tile_corners(full.shape[1], seg.cut, seg.stride) for l in tile_corners(full.shape[2], seg.cut, seg.stride)]
     tiles = resize(torch.from_numpy(np.stack([full[:, t:t + seg.cut, l:l + seg.cut] for t, l in corners])), seg.model.spec['image_size'])
     return SimpleNamespace(image=image, truth=truth, source=source, seg=seg, shape=full.shape[1:], corners=corners, tiles=tiles, probability=predict(seg.model, tiles, 8)[:, 1].numpy())
@@ -118,7 +116,7 @@ def _voted(s, values, rows, keep, total, threshold):
     votes = _blend(s.shape, s.seg.cut, [s.corners[r] for r in rows], blend_weights(s.seg.cut), [~m if t else m for m, t in zip(raw, turned)])
     return (votes > .5*total)[keep], int(sum(turned))
 
-# %% ../nbs/81_inspector.ipynb #81edd0d4
+# %% ../nbs/81_inspector.ipynb #fc502cad
 @lru_cache(maxsize=16)
 def explain(
     sample,              # see above
@@ -133,7 +131,7 @@ def explain(
     s, start = _tiles(sample, weights, across, down), time.perf_counter()
     rows, cut, weight = np.flatnonzero(s.probability > s.seg.min_probability), s.seg.cut, blend_weights(s.seg.cut)
     values, delta = _attributed(s.seg.model, s.tiles, rows, s.probability, method, baseline) if len(rows) else (np.zeros((0, 8, 8), np.float32), [])
-    values = torch.nn.functional.interpolate(torch.from_numpy(values)[:, None], (cut, cut), mode='bilinear', align_corners=False)[:, 0].numpy()
+    values = _fit(values, cut)
     keep, blend = np.s_[:s.image.shape[1], :s.image.shape[2]], partial(_blend, s.shape, cut, weight=weight)
     total, at = blend(corners=s.corners, parts=[1]*len(s.corners)), [s.corners[r] for r in rows]
     map = (blend(corners=at, parts=values)/np.maximum(total, 1e-12))[keep]

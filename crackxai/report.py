@@ -90,7 +90,7 @@ def _sample_figure(samples):
         show_image(row[2], s['image'], f'{int(s["mask"].sum())} px in the mask'); outline(row[2], s['mask'])
     return fig
 
-# %% ../nbs/75_report.ipynb #25a81722
+# %% ../nbs/75_report.ipynb #a055c769
 def training_page(
     trained,   # from `train_surface.train_surface`, or anything with its fields
 ):
@@ -109,5 +109,5 @@ def training_page(
         *([picture(_history(t.history), 'Training of the classifier, epoch by epoch.')] if t.history else []),
         text('And the masks?', tag='h2'),
         text(f'There are no pixel labels to compare with. {drawn}'),
-        picture(_sample_figure(t.samples), 'Test images: image and label; where the network sees a crack (dark), above it the classifier\'s probability; the mask, outlined. Real images, one a photo, not selected.'),
+        picture(_sample_figure(t.samples), 'Test images: image and label; where the network sees a crack (dark), above it the classifier\'s probability; the mask, outlined. Your images, one a photo, not selected.'),
         text('Settings', tag='h2'), table([dict(setting=k, value=v) for k, v in f.items()]), *([table(t.rounds)] if t.rounds else [])]

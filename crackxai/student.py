@@ -21,24 +21,28 @@ from .metrics import roc
 from .models.classify import predict, state_hash
 from .training_segment import draw, soft_targets, train_segment, undo_dihedral
 
-# %% ../nbs/68_student.ipynb #844a207e
+# %% ../nbs/68_student.ipynb #316a02c4
 @dataclass
 class LabelledImages:
     "Images with one bit each."
     images: torch.Tensor   # (n, 3, s, s) uint8
     label: np.ndarray      # (n,) 1 crack, 0 intact
     group: np.ndarray      # (n,) photo
+    name: np.ndarray       # (n,) file
     def __len__(self): return len(self.label)
     def pixels(self, rows=slice(None)):
         "Float images in 0..1."
         return self.images[rows].float()/255
+    def take(self, rows):
+        "The images of some rows."
+        return LabelledImages(self.images[rows], self.label[rows], self.group[rows], self.name[rows])
 
-# %% ../nbs/68_student.ipynb #d9025e95
+# %% ../nbs/68_student.ipynb #6a0a4de7
 def one_bit(
-    tiles,  # TileSet, or anything with images, label and group
+    tiles,  # TileSet, or anything with images, label, group and name
 ):
     "The tiles without their masks."
-    return LabelledImages(tiles.images, np.asarray(tiles.label), np.asarray(tiles.group))
+    return LabelledImages(tiles.images, *map(np.asarray, (tiles.label, tiles.group, tiles.name)))
 
 # %% ../nbs/68_student.ipynb #71110d76
 def _no_masks(*sets):

@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'RECIPE', 'GATE', 'OneBitFolder', 'network_size', 'photo_of', 'read_folder', 'three_parts', 'advice',
            'Trained', 'train_surface']
 
-# %% ../nbs/69_train_surface.ipynb #583f542d
+# %% ../nbs/69_train_surface.ipynb #ad86e3a0
 import re, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,29 +14,21 @@ from pathlib import Path
 import numpy as np, torch
 
 from .core import InputError
-from .data.surface import IMAGE_SUFFIXES, TileSet, fold_of, read_image, resize
+from .data.surface import IMAGE_SUFFIXES, fold_of, read_image, resize
 from .metrics import bootstrap_interval, classifier_scores
-from .models.classify import predict, save_weights, state_hash
+from .models.classify import predict, save_weights
 from .models.segment import SurfacePair
 from .pipeline.surface import Segmenter
-from .student import LabelledImages, one_bit, teach
-from .training_surface import train_classifier
+from .student import LabelledImages, teach
+from .training_surface import damage_free, train_classifier
 
-# %% ../nbs/69_train_surface.ipynb #80e268bf
+# %% ../nbs/69_train_surface.ipynb #b6bcffd7
 @dataclass
-class OneBitFolder:
-    "Images of `crack/` and `intact/`, as the network sees them."
-    images: torch.Tensor   # (n, 3, size, size) uint8
-    label: np.ndarray      # (n,) 1 crack, 0 intact
-    group: np.ndarray      # (n,) photo: what is never split between training and test
-    name: np.ndarray       # (n,) file below the folder
+class OneBitFolder(LabelledImages):
+    "Images of `crack/` and `intact/`, as the network sees them; a photo is never split between training and test."
     cut: int               # side of an image in photo pixels
     grouped: str           # how photos were told apart, in words
     failures: list = field(default_factory=list)   # of dict: file, reason
-    def __len__(self): return len(self.label)
-    def take(self, rows):
-        "One-bit images of some rows."
-        return LabelledImages(self.images[rows], self.label[rows], self.group[rows])
 
 # %% ../nbs/69_train_surface.ipynb #57d6ccd4
 def network_size(
@@ -153,11 +145,6 @@ class Trained:
     samples: list     # of dict: name, label, probability, image (3, s, s), map, mask
     facts: dict       # counts, sizes, seconds, settings
 
-# %% ../nbs/69_train_surface.ipynb #2945cce6
-def _damage_free(data, rows, n, seed):
-    intact = rows[data.label[rows] == 0]
-    return data.images[np.sort(np.random.default_rng(seed).choice(intact, min(n, len(intact)), replace=False))].float()/255
-
 # %% ../nbs/69_train_surface.ipynb #8930062e
 def _samples(segmenter, data, rows, n=6):
     "Test images through the finished chain: the first cracked and intact ones of different photos."
@@ -173,7 +160,7 @@ def _samples(segmenter, data, rows, n=6):
         out.append(dict(name=str(data.name[r]), label=int(data.label[r]), probability=s.probability, image=image, map=s.attribution, mask=s.mask))
     return out
 
-# %% ../nbs/69_train_surface.ipynb #da722353
+# %% ../nbs/69_train_surface.ipynb #8cb8f7cb
 def train_surface(
     data,               # OneBitFolder
     path,               # .safetensors to write
@@ -188,15 +175,14 @@ def train_surface(
     started, path, plan = time.time(), Path(path), PROFILES[profile]
     work = path.with_name(path.stem + '_training')
     train, valid, test = three_parts(data.group, data.label)
-    tiles = lambda rows: TileSet(data.images[rows], torch.zeros(len(rows), 0, 0, dtype=torch.bool), data.label[rows], data.group[rows], data.name[rows])
     say(f'classifier: {len(train)} images to train on, {len(valid)} to choose the epoch, {len(test)} to test')
-    classifier, fitted = train_classifier(tiles(train), tiles(valid), work/'classifier', **RECIPE | plan['classifier'], seed=seed, progress=progress)
+    classifier, fitted = train_classifier(data.take(train), data.take(valid), work/'classifier', **RECIPE | plan['classifier'], seed=seed, progress=progress)
     probability = predict(classifier, data.images.float()/255)[:, 1].numpy()
     student, rounds = None, []
     if ((probability > .5) & (data.label == 1))[train].sum() >= 10:
         say('student: explaining the cracked images, then two rounds of drawing')
         judge = data.take(np.concatenate([valid, test]))
-        student, rounds = teach(classifier, data.take(train), _damage_free(data, train, baselines, seed), work/'student', judge, seed=seed, progress=progress, **plan['student'])
+        student, rounds = teach(classifier, data.take(train), damage_free(data.take(train), baselines, seed), work/'student', judge, seed=seed, progress=progress, **plan['student'])
     scores = {name: classifier_scores(probability[rows], data.label[rows]) for name, rows in dict(train=train, valid=valid, test=test).items()}
     interval = bootstrap_interval(lambda i: classifier_scores(probability[test][i], data.label[test][i])['balanced_accuracy'], data.group[test], draws=1000)
     counts, photos = (int((data.label == 0).sum()), int((data.label == 1).sum())), len(set(data.group))

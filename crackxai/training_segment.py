@@ -44,9 +44,9 @@ def pixel_loss(
     overlap = 1 - (2*(p*y).sum() + 1)/(p.sum() + (y*w).sum() + 1)
     return (each*w).sum()/w.sum().clamp(min=1) + dice*overlap
 
-# %% ../nbs/26_training_segment.ipynb #04226586
+# %% ../nbs/26_training_segment.ipynb #d82b60b5
 class PairBatches:
-    "Shuffled, augmented mini-batches of images and targets; half of each batch from each class where `label` is given."
+    "Shuffled mini-batches of images and targets, augmented and cut together."
     def __init__(self,
         images,        # (n, 3, s, s) uint8
         targets,       # (n, 2, s, s) uint8

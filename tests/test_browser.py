@@ -55,6 +55,20 @@ def lab(tmp_path_factory, run_process):
         log.close()
 
 
+def run_all(page, lab):
+    """Run All Cells until the page is there. While it starts, JupyterLab may replace its first kernel by another one, and what
+    the first was asked is forgotten without a word: every prompt is empty again. So the prompts are watched, and it is asked again."""
+    prompts, until = page.locator('.jp-CodeCell .jp-InputPrompt'), time.time() + PATIENCE
+    while not page.locator('.crackxai-surface-picture').count():
+        if time.time() > until:
+            keep(page, 'failed')
+            raise TimeoutError(f'the page did not come: prompts {prompts.all_inner_texts()}, server: {(lab.work/"log.txt").read_text()[-2000:]}')
+        if not any(c in text for text in prompts.all_inner_texts() for c in '*0123456789'):
+            page.get_by_role('menuitem', name='Run', exact=True).click()
+            page.locator('.lm-Menu-item', has_text='Run All Cells').first.click()
+        page.wait_for_timeout(3000)
+
+
 @pytest.fixture(scope='module')
 def browser_page(lab):
     "The page after all cells were run, and what the console complained of."
@@ -68,12 +82,7 @@ def browser_page(lab):
         page.goto(lab.url)
         page.locator('.jp-Notebook .jp-Cell').first.wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state='attached')   # the kernel is there
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.locator('.lm-Menu-item', has_text='Run All Cells').first.click()
-        try: page.locator('.crackxai-surface-picture').wait_for(state='attached', timeout=3000*PATIENCE)
-        except Exception:
-            keep(page, 'failed')
-            raise
+        run_all(page, lab)
         page.keyboard.press('Control+b')                     # the file browser makes room
         page.locator('.crackxai-surface-picture').scroll_into_view_if_needed()
         yield SimpleNamespace(page=page, errors=errors)
