@@ -18,7 +18,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 # One run per profile at a time. The lock is the kernel's, so it is gone when the run is killed and never blocks the next one.
 GUARD = $(if $(shell command -v flock 2>/dev/null),flock --nonblock --conflict-exit-code 75 runs/.$(PROFILE).lock)
 
-.PHONY: help test reproduce inspect clean
+.PHONY: help test reproduce benchmarks inspect clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -43,6 +43,11 @@ reproduce: $(STAMP) ## the released paper notebooks into runs/PROFILE/ (PROFILE=
 	  --config profile=$(PROFILE) || { code=$$?; \
 	  [ $$code -ne 75 ] || echo 'runs/$(PROFILE) is being made by another process: wait for it or end it'; exit $$code; }
 	@echo 'Results: runs/$(PROFILE)/, to read: runs/$(PROFILE)/report.html'
+
+# One after the other and on one thread: they measure time.
+benchmarks: $(STAMP) ## the speed notebooks into runs/PROFILE/benchmarks/
+	@for notebook in nbs/benchmarks/*.ipynb; do \
+	  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m crackxai.reproduce $$(basename $$notebook .ipynb) --profile $(PROFILE) || exit $$?; done
 
 inspect: $(STAMP) ## the interactive page in JupyterLab
 	@$(BIN)/jupyter lab nbs/inspect.ipynb --ServerApp.tornado_settings='{"websocket_max_message_size": 104857600}'

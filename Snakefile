@@ -7,11 +7,18 @@ PROFILE = config.get('profile', 'quick')
 RUN = f'runs/{PROFILE}'
 PARAMETERS = f'nbs/profiles/{PROFILE}.yaml'
 
-# notebook: the notebooks whose results it needs. Not in the graph yet, to be run one by one: forest2024_15, _35, _40, _45, _50, _55 and beyond_10.
+# notebook: the notebooks whose results it needs
 NOTEBOOKS = {
     'forest2024_10_classifier': [],
+    'forest2024_15_explainers': ['forest2024_10_classifier'],
     'forest2024_20_attribution': ['forest2024_10_classifier'],
-    'forest2024_30_segmentation': ['forest2024_10_classifier'],
+    'forest2024_30_segmentation': ['forest2024_10_classifier', 'forest2024_15_explainers'],
+    'forest2024_35_augsmooth': ['forest2024_10_classifier', 'forest2024_15_explainers'],
+    'forest2024_40_severity': ['forest2024_30_segmentation'],
+    'forest2024_45_runtime': ['forest2024_10_classifier', 'forest2024_15_explainers'],
+    'forest2024_50_growth': ['forest2024_15_explainers', 'forest2024_40_severity'],
+    'forest2024_55_faithfulness': ['forest2024_10_classifier', 'forest2024_15_explainers'],
+    'forest2024_60_sensitivity': ['forest2024_10_classifier'],
     'melching2022_10_train': [],
     'melching2022_20_performance': ['melching2022_10_train'],
     'melching2022_30_attention': ['melching2022_10_train'],
@@ -22,6 +29,8 @@ NOTEBOOKS = {
     'moreh2024_30_cost': [],
     'moreh2024_40_explanation': ['moreh2024_10_train'],
     'moreh2024_50_beyond': ['moreh2024_10_train'],
+    'beyond_10_weak_to_pixel': ['forest2024_10_classifier'],
+    'beyond_20_labels': ['beyond_10_weak_to_pixel'],
 }
 
 if not Path(PARAMETERS).is_file():

@@ -35,7 +35,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'cluster': cfg['cluster_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     # the shipped weights and their cards; see crackxai.core.weights_dir
     data_files=[('share/crackxai/weights', sorted(glob('data/weights/*.safetensors') + glob('data/weights/*.json') + glob('data/weights/*.md')))],

@@ -7,14 +7,14 @@ __all__ = ['DIC_COLUMNS', 'main', 'segment', 'tip', 'locate', 'train', 'train_su
            'data_list', 'data_fetch', 'data_verify', 'data_make', 'make_walls_command', 'make_wave_command',
            'make_dic_command']
 
-# %% ../nbs/80_cli.ipynb #5289c53f
-import json, sys, warnings
+# %% ../nbs/80_cli.ipynb #b074c99b
+import errno, json, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from .core import InputError
+from .core import InputError, told
 
 # %% ../nbs/80_cli.ipynb #1f295f1f
 @contextmanager
@@ -30,7 +30,7 @@ def _plain_warnings():
         warnings.filterwarnings('always', category=UserWarning, module='crackxai')
         yield
 
-# %% ../nbs/80_cli.ipynb #4e50e72f
+# %% ../nbs/80_cli.ipynb #df19a119
 class _Group(click.Group):
     "One line and exit code 2 for an error that concerns the whole call."
     def invoke(self, ctx):
@@ -38,6 +38,10 @@ class _Group(click.Group):
             with _plain_warnings(): return super().invoke(ctx)
         except InputError as error:
             click.echo(f'crackxai: {error}', err=True)
+            ctx.exit(2)
+        except OSError as error:
+            if not error.errno or error.errno == errno.EPIPE: raise      # EPIPE: the reader of our output has gone; click knows what to do
+            click.echo(f'crackxai: {told(error)}', err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo('crackxai: stopped; what was finished is written', err=True)
@@ -66,16 +70,35 @@ def _ended(rows, failures, out, what):
     if len(failures) > 5: click.echo(f'  ... {len(failures) - 5} more in {Path(out)/"failures.csv"}', err=True)
     if failures: sys.exit(3)
 
-# %% ../nbs/80_cli.ipynb #9d0ecebd
+# %% ../nbs/80_cli.ipynb #693e8200
+def _many(command):
+    "Options of the commands that work on many files."
+    for option in (click.option('--workers', type=click.IntRange(1), default=1, show_default=True, help='Processes of this machine that share the files; each holds the network in memory.'),
+                   click.option('--scheduler', default=None, metavar='ADDRESS', help="The workers of a dask cluster share the files, e.g. tcp://10.0.0.1:8786; they must see them under the same names. Needs crackxai[cluster].")):
+        command = option(command)
+    return command
+
+# %% ../nbs/80_cli.ipynb #2fdac7cf
+def _spread(workers, scheduler):
+    "Who works: this process, several of this machine, or a cluster."
+    from crackxai.pipeline.files import one_by_one
+    if workers > 1 and scheduler: raise InputError('--workers', 'goes without --scheduler', 'leave one of them out')
+    if workers == 1 and not scheduler: return one_by_one
+    from crackxai.pipeline.workers import cluster, processes
+    return cluster(scheduler) if scheduler else processes(workers)
+
+# %% ../nbs/80_cli.ipynb #8c5ea3c2
 @main.command()
 @click.argument('paths', nargs=-1, required=True, type=click.Path())
 @click.option('--out', required=True, type=click.Path(), help='Folder for masks, overlays and severity.csv; made if needed.')
 @click.option('--weights', default='masonry', show_default=True, help='Shipped name or a .safetensors file.')
 @click.option('--method', default=None, help='student, or one explanation: input_x_gradient, intgrad, deeplift, deepliftshap, gradientshap, lrp. Default: the student, where the weights have one.')
 @click.option('--threshold', default=None, help='simple or gmm. Default: what the weights\' card says.')
+@click.option('--min-probability', type=click.FloatRange(0, 1), default=None, help='A part of the photo whose crack probability is lower keeps no mask. Smaller: fewer cracks missed, more false ones. Default: what the weights\' card says.')
 @click.option('--raw-mask', is_flag=True, help='Leave out the cleaning of the mask (closing, area opening, closing).')
 @click.option('--mm-per-px', type=float, default=None, help='Scale of the photos; fills the columns in mm.')
-def segment(paths, out, weights, method, threshold, raw_mask, mm_per_px):
+@_many
+def segment(paths, out, weights, method, threshold, min_probability, raw_mask, mm_per_px, workers, scheduler):
     """Find the cracks in photos: PATHS are image files or folders.
 
     Trained on crack / intact labels only. By default a student draws the mask, which learned from the classifier's explanations; --method gives any single
@@ -86,27 +109,29 @@ def segment(paths, out, weights, method, threshold, raw_mask, mm_per_px):
 
     \b
     Example: crackxai segment photos/ extra.jpg --out results --mm-per-px 0.43
+             crackxai segment million_photos/ --out results --workers 16
     """
     from crackxai.pipeline import Segmenter, segment_files
-    given = {k: v for k, v in dict(method=method, threshold=threshold, morphology=False if raw_mask else None).items() if v is not None}
+    given = {k: v for k, v in dict(method=method, threshold=threshold, min_probability=min_probability, morphology=False if raw_mask else None).items() if v is not None}
     if mm_per_px is not None and not 0 < mm_per_px < float('inf'): raise InputError('--mm-per-px', f'{mm_per_px} is not a positive number', 'give millimetres per pixel, e.g. 0.43')
     segmenter = Segmenter.load(weights, **given)
-    click.echo(f'weights {weights}, method {segmenter.method}' + (f', a crack has a pixel above {segmenter.sure:.2f}' if segmenter.method == 'student' else f', threshold {segmenter.threshold}'))
+    click.echo(f'weights {weights}, method {segmenter.method}' + ('' if segmenter.method == 'student' else f', threshold {segmenter.threshold}') + f', crack probability from {segmenter.min_probability:.2f}')
     if not segmenter.card.get('trusted', True): click.echo('warning: these weights did not pass the quality gate, see the report of their training', err=True)
-    _ended(*segment_files(segmenter, paths, out, mm_per_px), out, 'images')
+    _ended(*segment_files(segmenter, paths, out, mm_per_px, _spread(workers, scheduler)), out, 'images')
 
 # %% ../nbs/80_cli.ipynb #13a88b92
 def _positive(option, value, example):
     if not 0 < value < float('inf'): raise InputError(option, f'{value} is not a positive number', f'give {example}')
 
-# %% ../nbs/80_cli.ipynb #ea891d80
+# %% ../nbs/80_cli.ipynb #3ffa4241
 @main.command()
 @click.argument('paths', nargs=-1, required=True, type=click.Path())
 @click.option('--out', required=True, type=click.Path(), help='Folder for tips.csv and the pictures; made if needed.')
 @click.option('--weights', default='dic', show_default=True, help='Shipped name or a .safetensors file.')
 @click.option('--field-of-view-mm', type=float, default=70., show_default=True, help='Width and height of the view that is cut from a node map [mm]; an .npz states its own.')
 @click.option('--side', type=click.Choice(['right', 'left']), default='right', show_default=True, help='Where the crack grows to. Left: the half x < 0 of a node map; in an .npz the crack enters at the last column.')
-def tip(paths, out, weights, field_of_view_mm, side):
+@_many
+def tip(paths, out, weights, field_of_view_mm, side, workers, scheduler):
     """Find crack tips in displacement fields (DIC).
 
     Fields come from digital image correlation. PATHS are files, or folders that are searched for .npz and .txt. An .npz holds displacement_mm (2, h, w): u_x and u_y [mm], row 0 at the lowest y,
@@ -126,14 +151,15 @@ def tip(paths, out, weights, field_of_view_mm, side):
     from crackxai.pipeline import TipFinder, tip_files
     finder = TipFinder.load(weights)
     click.echo(f'weights {weights}, {finder.model.spec["architecture"]}')
-    _ended(*tip_files(finder, paths, out, field_of_view_mm, side), out, 'fields')
+    _ended(*tip_files(finder, paths, out, field_of_view_mm, side, _spread(workers, scheduler)), out, 'fields')
 
-# %% ../nbs/80_cli.ipynb #6234df22
+# %% ../nbs/80_cli.ipynb #2e54e7d3
 @main.command()
 @click.argument('paths', nargs=-1, required=True, type=click.Path())
 @click.option('--out', required=True, type=click.Path(), help='Folder for boxes.csv; made if needed.')
 @click.option('--weights', default='wave', show_default=True, help='Shipped name or a .safetensors file.')
-def locate(paths, out, weights):
+@_many
+def locate(paths, out, weights, workers, scheduler):
     """Locate hidden cracks from waves at 9 x 9 sensors.
 
     PATHS are .npz files, or folders that are searched for them. A file holds waves (2, t, 9, 9): components u_x and u_y, time, sensors along y,
@@ -151,14 +177,14 @@ def locate(paths, out, weights):
     from crackxai.pipeline import CrackLocator, locate_files
     locator = CrackLocator.load(weights)
     click.echo(f'weights {weights}, {locator.model.spec["architecture"]}')
-    _ended(*locate_files(locator, paths, out), out, 'plates')
+    _ended(*locate_files(locator, paths, out, _spread(workers, scheduler)), out, 'plates')
 
 # %% ../nbs/80_cli.ipynb #c4d7163b
 @main.group()
 def train():
     "Train networks on your own data."
 
-# %% ../nbs/80_cli.ipynb #27fbf4ac
+# %% ../nbs/80_cli.ipynb #9ac4237c
 @train.command('surface')
 @click.option('--images', required=True, type=click.Path(), help='Folder that holds crack/ and intact/.')
 @click.option('--out', required=True, type=click.Path(), help='The .safetensors file to write; the report is written beside it.')
@@ -177,13 +203,20 @@ def train_surface_command(images, out, profile, group, seed):
     Example: crackxai train surface --images mywalls --out mywalls.safetensors --group "(.*)_"
     """
     from tqdm import tqdm
+    from crackxai.core import write_csv
+    from crackxai.pipeline import check_out
     from crackxai.report import training_page, write_page
     from crackxai.train_surface import PROFILES, read_folder, train_surface
     out = Path(out)
     if out.suffix != '.safetensors': raise InputError('--out', f'{out.name} does not end in .safetensors', 'name the file, e.g. mywalls.safetensors')
     if out.is_dir() or not out.absolute().parent.is_dir(): raise InputError('--out', f'{out} cannot be written', 'name a file in a folder that exists')
+    check_out(out.absolute().parent)
     data = read_folder(images, group, PROFILES[profile]['size'], lambda files: tqdm(files, desc='reading', unit='image', disable=None))
-    for f in data.failures: click.echo(f'  left out: {f["reason"]}', err=True)
+    failures = out.with_name(f'{out.stem}_failures.csv')
+    if data.failures: write_csv(failures, data.failures, ['file', 'reason'])
+    else: failures.unlink(missing_ok=True)
+    for f in data.failures[:5]: click.echo(f'  left out: {f["reason"]}', err=True)
+    if len(data.failures) > 5: click.echo(f'  ... {len(data.failures) - 5} more in {failures}', err=True)
     click.echo(f'{len(data)} images of {len(set(data.group))} photos (told apart by {data.grouped}), {data.cut} px shown at {data.images.shape[-1]}')
     trained = train_surface(data, out, profile, seed, say=click.echo)
     report = out.with_name(out.stem + '_report.html')

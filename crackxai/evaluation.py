@@ -50,7 +50,7 @@ def read_maps(path):
     "Maps (n, h, w) float32, names (n,) and relative deltas (n,) of `save_maps`."
     with np.load(path, allow_pickle=False) as f: return f['shares'].astype(np.float32)*f['largest'].astype(np.float32), f['names'], f['delta']
 
-# %% ../nbs/67_evaluation.ipynb #b21bdc01
+# %% ../nbs/67_evaluation.ipynb #1ee961c6
 def evaluate(
     model,
     tiles,           # TileSet, cracked tiles only
@@ -59,16 +59,17 @@ def evaluate(
     folder=None,     # where counts are kept; None: nowhere
     tag='',          # part of the file's name, e.g. the fold
     maps=None,       # folder where the maps are kept, too; None: nowhere
+    network=None,    # for a method of LEARNED: its own network; `model` stays the classifier that says which tiles are cracked
     **options,       # of the method
 ):
     "Pixel counts of the four masks of each tile: DataFrame name, group, probability, threshold, morphology, tp, fp, fn, tn, relative_delta."
-    name = f'{tag}_{method}_{state_hash(model)}_{len(tiles)}'
+    name = f'{tag}_{method}_{"-".join(state_hash(m) for m in (model, network) if m is not None)}_{len(tiles)}'
     path = Path(folder)/f'{name}.csv' if folder else None
     kept = Path(maps)/f'{name}.npz' if maps and method != 'ridge' else None
     if path and path.is_file() and (not kept or kept.is_file()): return pd.read_csv(path)
     pixels, truth = tiles.pixels(), tiles.masks.numpy()
     probability = predict(model, pixels)[:, 1].numpy()
-    values, delta = read_maps(kept)[::2] if kept and kept.is_file() else _maps(model, pixels, method, baselines, options)
+    values, delta = read_maps(kept)[::2] if kept and kept.is_file() else _maps(model if network is None else network, pixels, method, baselines, options)
     if kept and not kept.is_file(): save_maps(kept, values, tiles.name, delta)
     rows = []
     for i in range(len(tiles)):

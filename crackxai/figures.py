@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'COLOURS', 'RELEVANCE', 'STYLE', 'new_figure', 'caption', 'show_image', 'show_relevance', 'show_mask',
-           'outline', 'step_curve', 'error_bars', 'paired_bars']
+           'outline', 'step_curve', 'heat_table', 'error_bars', 'paired_bars']
 
 # %% ../nbs/70_figures.ipynb #67864bf4
 import textwrap
@@ -103,6 +103,20 @@ def step_curve(
     for (label, v), colour in zip(values.items(), COLOURS): ax.plot(steps, v, 'o-', ms=3, lw=1.2, color=colour, label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol='')); ax.set_ylabel(ylabel); ax.set_ylim(0, 1.1*max(map(max, values.values())))
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+
+# %% ../nbs/70_figures.ipynb #5a175a96
+def heat_table(
+    ax,
+    table,         # DataFrame of numbers, its index down, its columns across
+    title='',
+    limits=None,   # (low, high) of the colours, shared by tables that are compared
+):
+    "A table as colours with the numbers in it."
+    low, high = limits or (np.nanmin(table.to_numpy()), np.nanmax(table.to_numpy()))
+    ax.imshow(table, cmap='cividis', vmin=low, vmax=high, aspect='auto')
+    ax.set_xticks(range(table.shape[1]), table.columns); ax.set_yticks(range(table.shape[0]), table.index); ax.set_title(title, fontsize=9)
+    for (i, j), v in np.ndenumerate(table.to_numpy()):
+        if v == v: ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=7, color='w' if v < (low + high)/2 else 'k')
 
 # %% ../nbs/70_figures.ipynb #c46ef3c5
 def error_bars(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['receive', 'inspector']
 
-# %% ../nbs/83_inspector_page.ipynb #5240e9d5
+# %% ../nbs/83_inspector_page.ipynb #046907d9
 import re
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data.dic import read_any
 from .data.specimens import SPECIMENS
 from .data.surface import read_image
 from .data.waveset import read_waves
-from .inspector import BASELINES, LARGEST, STAGES, field, masonry_here, photo, stages_here, surface, waves
+from .inspector import BASELINES, EXPLAINED, LARGEST, STAGES, field, masonry_here, photo, stages_here, surface, waves
 from .models.tip import BLOCKS
 from .widgets import Page, choice, entry, slider, switch, tab, told
 
@@ -41,20 +41,21 @@ def receive(
     except OSError as error: raise InputError(here, f'cannot be written ({error.strerror})', 'choose another folder') from None
     return f'{path.name} (uploaded)', str(path)
 
-# %% ../nbs/83_inspector_page.ipynb #aec7d7ee
+# %% ../nbs/83_inspector_page.ipynb #0ab29002
 def _samples(names): return [(n.replace(' seed ', ', test ') + (', real' if n.startswith(('masonry', 'fatigue')) else ', generated'), n) for n in names]
 
 _METHODS = [(m.label, key) for key, m in METHODS.items()]
+_DRAWN = [(label, key) for key, label in EXPLAINED.items()]
 
-# %% ../nbs/83_inspector_page.ipynb #9917d14d
+# %% ../nbs/83_inspector_page.ipynb #9b2d556c
 def _surface_tab(folder, weights):
     real = list(masonry_here())
     names = ['wall 1', 'wall 3', 'wall 6', 'wall 0', 'intact 1'] + [f'masonry {n}' for n in real[::max(1, len(real)//12)][:12]]
     controls = dict(
         sample=choice('picture', _samples(names), 'A generated wall with a known mask, a real patch, or your own picture'),
         weights=entry('network', weights, 'Weights: a shipped name or a .safetensors file; press Enter', _networks('vgg11_128')),
-        method=choice('method', _METHODS, 'What explains the decision of the network', 'lrp'),
-        compare=choice('compare with', [('nothing', ''), *_METHODS], 'A second method beside the first', 'input_x_gradient'),
+        method=choice('method', _DRAWN, 'What explains the decision of the network, or the student who learned to draw from explanations', 'lrp'),
+        compare=choice('compare with', [('nothing', ''), *_DRAWN], 'A second method beside the first', 'input_x_gradient'),
         baseline=choice('baseline', [(v, k) for k, v in BASELINES.items()], 'What "no crack" looks like, for the methods that ask: IntGrad, DeepLift and the Shap methods'),
         threshold=choice('threshold', [('Gaussian mixture', 'gmm'), ('simple (Ridler-Calvard)', 'simple')], 'How the relevance of each tile is cut into crack and background', 'gmm'),
         close1=slider('closing 1', 1, 25, 2, 5, 'First closing: bridges gaps of about this many pixels [px]'),
@@ -68,14 +69,14 @@ def _surface_tab(folder, weights):
         headings=dict(sample='What is explained', threshold='From the relevance to the mask'), adjust=_adjust_surface,
         intro='The network says whether a picture shows a crack; a method says <b>which pixels made it say so</b> (relevance), and a threshold with three cleaning steps turns that into a mask. Two rows: two methods.')
 
-# %% ../nbs/83_inspector_page.ipynb #700a5880
+# %% ../nbs/83_inspector_page.ipynb #359e8acd
 def _networks(architecture):
     "Names of the shipped weights of an architecture."
     with_header = lambda p: safe_open(p, 'np').metadata() or {}
     return [p.stem for p in sorted(weights_dir().glob('*.safetensors')) if architecture in str(with_header(p))]
 
 def _adjust_surface(controls):
-    needs = [m for m in (controls['method'].value, controls['compare'].value) if m and METHODS[m].baselines != 'none']
+    needs = [m for m in (controls['method'].value, controls['compare'].value) if m in METHODS and METHODS[m].baselines != 'none']
     controls['baseline'].disabled = not needs
     try: h, w = photo(controls['sample'].value)[0].shape[1:]
     except (InputError, OSError): return

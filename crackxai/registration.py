@@ -75,7 +75,7 @@ def _agreeing(points, pairs, seed):
     found, inside = ransac((here[pairs[:, 0]], there[pairs[:, 1]]), ProjectiveTransform, min_samples=4, residual_threshold=tolerance, max_trials=2000, rng=seed)
     return (found, inside) if found and inside is not None else (None, np.zeros(len(pairs), bool))
 
-# %% ../nbs/45_registration.ipynb #dfd50c47
+# %% ../nbs/45_registration.ipynb #ae4390f7
 def find_map(
     photo,      # (3, h, w) in 0..1
     reference,  # (3, h, w) in 0..1
@@ -83,6 +83,8 @@ def find_map(
 ):
     "Matrix (3, 3) from reference to photo [x, y in px], residual [px of the reference], number of pairs, scale. Raises InputError with the reason where the two cannot be registered."
     refused = lambda why: InputError('photo', f'cannot be registered: {why}', 'is it the same piece of wall, sharp, from nearly the same place?')
+    for shape in (photo.shape, reference.shape):
+        if min(shape[1:]) < 32: raise refused(f'{shape[2]} x {shape[1]} px are too few, 32 along each side are needed')
     points = _points(reference), _points(photo)
     if any(p[1] is None for p in points): raise refused('too few points stand out in it')
     pairs = match_descriptors(points[0][1], points[1][1], max_ratio=.8, cross_check=True)

@@ -6,14 +6,14 @@
 __all__ = ['PROFILES', 'RECIPE', 'GATE', 'OneBitFolder', 'network_size', 'photo_of', 'read_folder', 'three_parts', 'advice',
            'Trained', 'train_surface']
 
-# %% ../nbs/69_train_surface.ipynb #ad86e3a0
+# %% ../nbs/69_train_surface.ipynb #bdc702e7
 import re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np, torch
 
-from .core import InputError
+from .core import InputError, remove_stale, told
 from .data.surface import IMAGE_SUFFIXES, fold_of, read_image, resize
 from .metrics import bootstrap_interval, classifier_scores
 from .models.classify import predict, save_weights
@@ -64,7 +64,15 @@ def _square(image):
         image = np.pad(image, pad, mode='symmetric')
     return image
 
-# %% ../nbs/69_train_surface.ipynb #0881cbc4
+# %% ../nbs/69_train_surface.ipynb #77a68296
+def _piece(path):
+    "One image as uint8, square. Raises InputError for a strip: mirrored to a square it would show its few pixels over and over, and 1 x 10000 would fill the memory."
+    image = read_image(path)
+    h, w = image.shape[1:]
+    if max(h, w) > 8*min(h, w): raise InputError(path, f'{w} x {h} px is a strip', 'cut pieces that are about square')
+    return (_square(image)*255).round().astype(np.uint8)
+
+# %% ../nbs/69_train_surface.ipynb #c5d1187a
 def read_folder(
     folder,          # holds crack/ and intact/
     group=None,      # pattern, see `photo_of`
@@ -75,10 +83,11 @@ def read_folder(
     folder, files = Path(folder), []
     for label, name in enumerate(('intact', 'crack')):
         if not (folder/name).is_dir(): raise InputError(folder, f'has no folder {name}', 'sort the images into crack/ and intact/')
-        files += [(p, label) for p in sorted((folder/name).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        try: files += [(p, label) for p in sorted((folder/name).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        except OSError as error: raise told(error, folder/name) from None
     images, failures = [], []
     for p, label in (progress(files) if progress else files):
-        try: images.append((p, label, (_square(read_image(p))*255).round().astype(np.uint8)))
+        try: images.append((p, label, _piece(p)))
         except InputError as error: failures.append(dict(file=str(p), reason=str(error)))
     for label, name in enumerate(('intact', 'crack')):
         n = sum(i[1] == label for i in images)
@@ -160,7 +169,7 @@ def _samples(segmenter, data, rows, n=6):
         out.append(dict(name=str(data.name[r]), label=int(data.label[r]), probability=s.probability, image=image, map=s.attribution, mask=s.mask))
     return out
 
-# %% ../nbs/69_train_surface.ipynb #8cb8f7cb
+# %% ../nbs/69_train_surface.ipynb #2e9e0818
 def train_surface(
     data,               # OneBitFolder
     path,               # .safetensors to write
@@ -174,6 +183,8 @@ def train_surface(
     if profile not in PROFILES: raise InputError('--profile', f'{profile!r} is unknown', f'choose one of {", ".join(PROFILES)}')
     started, path, plan = time.time(), Path(path), PROFILES[profile]
     work = path.with_name(path.stem + '_training')
+    for folder in [path.absolute().parent, work, *work.rglob('*')]:
+        if folder.is_dir(): remove_stale(folder)
     train, valid, test = three_parts(data.group, data.label)
     say(f'classifier: {len(train)} images to train on, {len(valid)} to choose the epoch, {len(test)} to test')
     classifier, fitted = train_classifier(data.take(train), data.take(valid), work/'classifier', **RECIPE | plan['classifier'], seed=seed, progress=progress)
@@ -182,14 +193,15 @@ def train_surface(
     if ((probability > .5) & (data.label == 1))[train].sum() >= 10:
         say('student: explaining the cracked images, then two rounds of drawing')
         judge = data.take(np.concatenate([valid, test]))
-        student, rounds = teach(classifier, data.take(train), damage_free(data.take(train), baselines, seed), work/'student', judge, seed=seed, progress=progress, **plan['student'])
+        students, rounds = teach(classifier, data.take(train), damage_free(data.take(train), baselines, seed), work/'student', judge, seed=seed, progress=progress, **plan['student'])
+        student = students[-1]
     scores = {name: classifier_scores(probability[rows], data.label[rows]) for name, rows in dict(train=train, valid=valid, test=test).items()}
     interval = bootstrap_interval(lambda i: classifier_scores(probability[test][i], data.label[test][i])['balanced_accuracy'], data.group[test], draws=1000)
     counts, photos = (int((data.label == 0).sum()), int((data.label == 1).sum())), len(set(data.group))
     hints = advice(scores['train'], scores['test'], photos, counts)
     if student is None: hints.append('It recognises fewer than ten cracked training images, too few to teach a student from: these weights hold the classifier alone.')
     settings = dict(method='lrp', cut=data.cut)
-    if student is not None: settings |= dict(method='student', sure=rounds[-1]['sure'], close1=1, close2=1, min_area=max(1, round(50*(data.cut/data.images.shape[-1])**2)))
+    if student is not None: settings |= dict(method='student', gate=rounds[-1]['gate'], min_probability=rounds[-1]['min_probability'], close1=1, close2=1, min_area=max(1, round(50*(data.cut/data.images.shape[-1])**2)))
     facts = dict(profile=profile, seed=seed, intact=counts[0], cracked=counts[1], photos=photos, grouped=data.grouped, unreadable=len(data.failures), cut=data.cut, shown_at=int(data.images.shape[-1]),
                  train=len(train), valid=len(valid), test=len(test), minutes=(time.time() - started)/60)
     save_weights(classifier if student is None else SurfacePair(classifier, student), path, half=True, data='own images, one-bit labels', seed=seed, segmenter=settings, trusted=not hints,

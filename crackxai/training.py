@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Batches', 'learning_rate', 'load_best', 'fast_bfloat16', 'fit']
 
-# %% ../nbs/25_training.ipynb #45690592
+# %% ../nbs/25_training.ipynb #e66f1325
 import hashlib, json, math, time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from .core import InputError, atomic_path, write_json
@@ -29,9 +29,9 @@ def _unflatten(optimizer, tensors):
         state['state'].setdefault(int(i), {})[key] = value
     optimizer.load_state_dict(state)
 
-# %% ../nbs/25_training.ipynb #745ddf10
+# %% ../nbs/25_training.ipynb #bba30e74
 def _save(path, **parts):
-    with atomic_path(path) as p: save_file({f'{part}:{k}': v.detach().cpu().contiguous() for part, state in parts.items() for k, v in state.items()}, p)
+    with atomic_path(path) as p: p.write_bytes(save({f'{part}:{k}': v.detach().cpu().contiguous() for part, state in parts.items() for k, v in state.items()}))
 
 # %% ../nbs/25_training.ipynb #7ade452a
 def _load(path):

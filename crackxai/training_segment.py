@@ -106,7 +106,7 @@ def undo_dihedral(
     x = torch.rot90(x, -(k % 4), (-2, -1))
     return x.flip(-1) if k >= 4 else x
 
-# %% ../nbs/26_training_segment.ipynb #43b34c24
+# %% ../nbs/26_training_segment.ipynb #46e7857d
 @torch.inference_mode()
 def draw(
     model,
@@ -118,6 +118,6 @@ def draw(
     out = []
     for i in range(0, len(images), batch):
         x = images[i:i + batch]
-        x = x.float()/255 if x.dtype == torch.uint8 else x
+        x = (x.float()/255 if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
         out.append(torch.stack([undo_dihedral(model(dihedral(x, k)).float().sigmoid()[:, 0], k) for k in range(turns)]).mean(0))
     return torch.cat(out).numpy() if out else np.zeros((0, *images.shape[-2:]), np.float32)

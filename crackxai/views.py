@@ -148,19 +148,20 @@ def _tinted(image, mask, truth, strength):
     if truth is not None: picture[ndimage.binary_dilation(truth) & ~truth] = 255
     return picture
 
-# %% ../nbs/74_views.ipynb #735a4d9c
+# %% ../nbs/74_views.ipynb #a3a041b7
 def _line(e, mask, image, truth, strength, width):
     "Three panels of one method."
     top = max(np.quantile(np.abs(e.values[::2, ::2]), .995), 1e-12)
     title = 'mask' if truth is None else [('■ found ', BOTH), ('■ not a crack ', FIRST), ('■ missed', SECOND)]
-    return [panel(_tinted(image, mask, truth, strength), e.label, width), panel(coloured(e.values, RELEVANCE, -top, top), [('relevance: ', 'black'), ('■ for ', (178, 24, 43)), ('■ against a crack', (33, 102, 172))], width),
+    colours = [('relevance: ', 'black'), ('■ for ', (178, 24, 43)), ('■ against a crack', (33, 102, 172))] if e.signed else [('crack probability: ', 'black'), ('■ high', (178, 24, 43))]
+    return [panel(_tinted(image, mask, truth, strength), e.label, width), panel(coloured(e.values, RELEVANCE, -top, top), colours, width),
             panel(agreement(mask, mask if truth is None else truth), title, width)]
 
-# %% ../nbs/74_views.ipynb #9772a578
+# %% ../nbs/74_views.ipynb #884ad628
 def surface_view(
     image,         # (3, h, w) in 0..1
     truth,         # (h, w) bool, or None
-    explanations,  # one or two: label, values and ranks (h, w), seen (h, w) bool, vote(threshold) -> mask, inverted; probability, tiles, delta, seconds
+    explanations,  # one or two: label, values and ranks (h, w), signed (relevance, not probability), seen (h, w) bool, vote(threshold) -> mask, inverted; probability, tiles, delta, seconds
     threshold='gmm', close1=5, min_area=50, close2=1,  # of the post-processing
     strength=.45,  # of the tint
     source='',     # real or generated, and what
@@ -172,9 +173,10 @@ def surface_view(
     rows = [_row(e, s, n, truth, min_area) for e, (s, n) in zip(explanations, found)]
     masks = [s['closing_2'] for s, _ in found]
     lines, said = [_line(e, m, image, truth, strength, width) for e, m in zip(explanations, masks)], _alone(explanations[0], rows[0])
-    if len(explanations) == 2 and explanations[0].tiles:
+    if len(explanations) == 2 and all(e.tiles for e in explanations):
         a, b = explanations
-        seen, names, r = a.seen, (a.label, b.label), map_correlation(a, b, a.seen)
+        seen, names = a.seen & b.seen, (a.label, b.label)
+        r = map_correlation(a, b, seen)
         overlaps = {k: _iou(found[0][0][k], found[1][0][k]) for k in found[0][0]}
         lines[0].append(panel(agreement(*masks, image), [('■ both ', BOTH), (f'■ {a.label} ', FIRST), (f'■ {b.label}', SECOND)], width))
         lines[1].append(panel(coloured(np.where(seen, a.ranks - b.ranks, 0), 'PuOr_r', -.8, .8), [('ranks: ', 'black'), (f'■ {a.label} higher ', (179, 88, 6)), (f'■ {b.label}', (84, 39, 136))], width))

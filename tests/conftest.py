@@ -92,6 +92,12 @@ def run_process(tmp_path_factory):
 
 
 @pytest.fixture
+def said(record_property, tmp_path):
+    "Keeps the line that the program said in the report of the tests, without the folder of this test."
+    return lambda line: record_property('said', line.replace(f'{tmp_path}/', '').removeprefix('crackxai: '))
+
+
+@pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "An empty checkout as the working directory, so that data and notebooks of the real one play no part."
     root = tmp_path/'checkout'

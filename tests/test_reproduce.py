@@ -5,10 +5,10 @@ from pathlib import Path
 import nbformat, pytest, yaml
 
 from crackxai.core import InputError
-from crackxai.reproduce import check_parameters, main, profile_parameters, tidy
+from crackxai.reproduce import check_parameters, find_notebook, main, profile_parameters, tidy
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERS = sorted((ROOT/'nbs'/'papers').glob('*.ipynb'))
+PAPERS = sorted((ROOT/'nbs'/'papers').glob('*.ipynb')) + sorted((ROOT/'nbs'/'benchmarks').glob('*.ipynb'))
 PROFILES = sorted(p.stem for p in (ROOT/'nbs'/'profiles').glob('*.yaml'))
 
 
@@ -68,6 +68,21 @@ def test_unknown_notebook_and_unknown_profile(small, capsys):
     assert main(['toy_10_fit', '--profile', 'quik']) == 2
     line = one_line(capsys)
     assert 'quik' in line and 'choose one of quick' in line
+
+
+def test_a_benchmark_is_found_runs_and_is_released_like_a_paper(small, capsys):
+    quick(small, '')
+    (small/'nbs'/'benchmarks').mkdir()
+    (small/'nbs'/'papers'/'toy_10_fit.ipynb').rename(small/'nbs'/'benchmarks'/'toy_speed.ipynb')
+    assert main(['toy_speed', '--profile', 'quick']) == 0
+    assert 'runs/quick/benchmarks/run/toy_speed.ipynb' in capsys.readouterr().out
+    assert find_notebook('toy_speed') == (small/'nbs'/'benchmarks'/'toy_speed.ipynb', 'benchmarks')
+    assert main(['no_such_notebook', '--profile', 'quick']) == 2 and 'toy_speed' in one_line(capsys)
+    (small/'runs'/'quick'/'benchmarks'/'speed.csv').write_text('a\n1\n'); (small/'runs'/'quick'/'other').mkdir(); (small/'runs'/'quick'/'other'/'x.csv').write_text('a\n1\n')
+    (small/'figures'/'toy').mkdir(parents=True); (small/'figures'/'toy'/'a_published.csv').write_text('row\n1\n')
+    (small/'README.md').write_text('<!-- results --><!-- end of results -->')
+    assert main(['toy_speed', '--release', '--profile', 'quick']) == 0
+    assert (small/'figures'/'benchmarks'/'speed.csv').is_file() and (small/'figures'/'benchmarks'/'run'/'toy_speed.ipynb').is_file() and not (small/'figures'/'other').exists()
 
 
 def test_nothing_to_collect(small, capsys):

@@ -78,7 +78,7 @@ class untouched:
         for p, on in self.grads: p.requires_grad_(on)
         if error[0] is None and count_hooks(self.model) != self.hooks: raise RuntimeError('a hook was left on the network')
 
-# %% ../../nbs/31_attribution_contract.ipynb #42e376e1
+# %% ../../nbs/31_attribution_contract.ipynb #68dedfe7
 def in_chunks(
     method,   # called with (images, first row): (relevance (m, c, h, w), difference (m,), score (m,), dict of (m,) arrays)
     x,        # (n, c, h, w)
@@ -86,6 +86,7 @@ def in_chunks(
     batch=8,  # images at a time
 ):
     "Run a method over all images and collect an Attribution."
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     parts = [method(x[i:i + batch], i) for i in range(0, len(x), batch)]
     if not parts: return Attribution(np.zeros((0, *x.shape[2:]), np.float32), *(np.zeros(0),)*3, name)
     relevance, difference, score = (torch.cat([p[k].detach().float().cpu() for p in parts]) for k in range(3))

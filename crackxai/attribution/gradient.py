@@ -61,16 +61,16 @@ def intgrad(
         with torch.no_grad(): below = forward(b)
         return in_chunks(part, x, 'intgrad', batch)
 
-# %% ../../nbs/32_attribution_gradient.ipynb #6296c1a8
+# %% ../../nbs/32_attribution_gradient.ipynb #2ca64e26
 def _draws(x, b, n, stdev, seed):
-    "n noisy copies of one image, n baselines, n places between: the order of captum's draws."
+    "n noisy copies of one image, numbers of n baselines, n places between: the order of captum's draws."
     rng, torch_rng = np.random.RandomState(seed), torch.Generator().manual_seed(seed)
     noise = torch.normal(0., torch.full((n, *x.shape), float(stdev)), generator=torch_rng).to(x)
-    which = rng.choice(len(b), n).tolist()
+    which = rng.choice(len(b), n)
     share = torch.as_tensor(rng.uniform(0., 1., n), dtype=x.dtype, device=x.device)
-    return x[None] + noise, b[which], share.view(-1, *[1]*x.ndim)
+    return x[None] + noise, torch.as_tensor(which), share.view(-1, *[1]*x.ndim)
 
-# %% ../../nbs/32_attribution_gradient.ipynb #03c5b569
+# %% ../../nbs/32_attribution_gradient.ipynb #3388616d
 def gradientshap(
     model,
     x,              # (n, c, h, w)
@@ -85,10 +85,13 @@ def gradientshap(
     b = baseline_set(baselines, x)
     def part(x, first):
         drawn = [_draws(image, b, n_samples, stdev, seed + first + i) for i, image in enumerate(x)]
-        noisy, base, share = (torch.cat([d[k] for d in drawn]) for k in range(3))
+        noisy, which, share = (torch.cat([d[k] for d in drawn]) for k in range(3))
+        base = b[which]
         point = (share*noisy + (1 - share)*base).requires_grad_()
         grad, = torch.autograd.grad(score_of(model(point), target).sum(), point)
-        with torch.no_grad(): score, below = score_of(model(x), target), score_of(model(base), target)
-        mean = lambda v: v.view(len(x), n_samples, *v.shape[1:]).mean(1)
-        return mean(grad*(noisy - base)), score - mean(below), score, {}
-    with untouched(model): return in_chunks(part, x, 'gradientshap', max(1, batch//n_samples))
+        with torch.no_grad(): score = score_of(model(x), target)
+        mean = lambda v: v.unflatten(0, (len(x), n_samples)).mean(1)
+        return mean(grad*(noisy - base)), score - mean(below[which]), score, {}
+    with untouched(model):
+        with torch.no_grad(): below = torch.cat([score_of(model(part), target) for part in b.split(batch)]) if len(x) else None   # once, not for each draw
+        return in_chunks(part, x, 'gradientshap', max(1, batch//n_samples))

@@ -5,26 +5,62 @@
 # %% auto #0
 __all__ = ['paper_rules', 'lrp']
 
-# %% ../../nbs/34_attribution_lrp.ipynb #876db252
+# %% ../../nbs/34_attribution_lrp.ipynb #13cf0a09
 import torch
 from torch import nn
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonGammaBox, MixedComposite, NameMapComposite
-from zennit.rules import AlphaBeta
+from zennit.core import stabilize
+from zennit.rules import AlphaBeta, Gamma
 
 from .contract import in_chunks, score_of, untouched
 from ..core import InputError
 
-# %% ../../nbs/34_attribution_lrp.ipynb #6dcd53a7
+# %% ../../nbs/34_attribution_lrp.ipynb #4a6d6332
+class _Halves:
+    "Goes before a zennit rule: the same relevance with half of the convolutions where the input has no negative values; else the rule itself."
+    def forward(self, module, input, output):
+        super().forward(module, input, output)
+        self.stored_tensors['sign'] = output.detach().sign()
+    def backward(self, module, grad_input, grad_output):
+        x, top = self.stored_tensors['input'][0].detach(), grad_output[0]
+        if module.transposed or module.groups > 1 or top.requires_grad or (x < 0).any(): return super().backward(module, grad_input, grad_output)
+        weight, bias = (None if p is None else torch.cat(self.changed(p.detach())) for p in (module.weight, module.bias))
+        with torch.enable_grad(): both = module._conv_forward(x.requires_grad_(), weight, bias)
+        grad, = torch.autograd.grad(both, x, torch.cat(self.shared(*both.detach().chunk(2, 1), self.stored_tensors['sign'], top), 1))
+        return tuple(grad*x.detach() if g.shape == x.shape else None for g in grad_input)
+
+# %% ../../nbs/34_attribution_lrp.ipynb #826a91da
+class _Gamma(_Halves, Gamma):
+    def __init__(self, gamma=.25): super().__init__(gamma); self.gamma = gamma
+    def copy(self): return type(self)(self.gamma)
+    def changed(self, p): return p + self.gamma*p.clamp(min=0), p + self.gamma*p.clamp(max=0)
+    def shared(self, a, b, sign, top):
+        share = top/stabilize(torch.where(sign > 0, a, b))
+        return share*(sign > 0), share*(sign < 0)
+
+# %% ../../nbs/34_attribution_lrp.ipynb #93fb6cb8
+class _AlphaBeta(_Halves, AlphaBeta):
+    def __init__(self, alpha=2., beta=1.): super().__init__(alpha, beta); self.alpha, self.beta = alpha, beta
+    def copy(self): return type(self)(self.alpha, self.beta)
+    def changed(self, p): return p.clamp(min=0), p.clamp(max=0)
+    def shared(self, a, b, sign, top): return self.alpha*top/stabilize(a), -self.beta*top/stabilize(b)
+
+# %% ../../nbs/34_attribution_lrp.ipynb #1afdd176
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+
+# %% ../../nbs/34_attribution_lrp.ipynb #1430d692
 def paper_rules(
     model,
     low=0., high=1.,  # range of the input
     gamma=.25,
+    plain=False,      # zennit's own rules for every convolution: slower, the same
 ):
     "zennit composite with the paper's rule for each layer; convolutions are counted in the order of the network."
-    convolutions = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, _CONVOLUTIONS)]
     if not convolutions: raise InputError('model', 'has no convolution', 'these rules are for convolutional networks')
-    return MixedComposite([NameMapComposite([(convolutions[1:3], AlphaBeta(2., 1.))]), EpsilonGammaBox(low=low, high=high, gamma=gamma)],
+    second, later = (AlphaBeta(2., 1.), []) if plain else (_AlphaBeta(2., 1.), [(_CONVOLUTIONS, _Gamma(gamma))])
+    return MixedComposite([NameMapComposite([(convolutions[1:3], second)]), EpsilonGammaBox(low=low, high=high, gamma=gamma, layer_map=later)],
                           canonizers=[SequentialMergeBatchNorm()])
 
 # %% ../../nbs/34_attribution_lrp.ipynb #0d7b04f7

@@ -19,26 +19,27 @@ from ..core import InputError
 CURVED = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.MaxPool1d, nn.MaxPool2d)
 POOLS = {nn.MaxPool1d: (F.max_pool1d, F.max_unpool1d), nn.MaxPool2d: (F.max_pool2d, F.max_unpool2d)}
 
-# %% ../../nbs/33_attribution_reference.ipynb #c19d299e
+# %% ../../nbs/33_attribution_reference.ipynb #7efd125c
 def _slope(z, y, z0, y0, grad_out, grad_in):
     "Rescale rule of an elementwise activation; where image and reference agree, the gradient."
-    near = (z - z0).abs() < 1e-10
-    return torch.where(near, grad_in, grad_out*(y - y0)/torch.where(near, torch.ones_like(z), z - z0))
+    step = z - z0
+    return torch.where(step.abs() < 1e-10, grad_in, (y - y0).mul_(grad_out).div_(step))
 
-# %% ../../nbs/33_attribution_reference.ipynb #8c1ed606
-def _pooled(module, z, y, z0, y0, grad_out, grad_in):
+# %% ../../nbs/33_attribution_reference.ipynb #956fb570
+def _place(module, z):
+    "Which pixel each maximum comes from; None for what is no pool."
+    if type(module) not in POOLS: return None
+    return POOLS[type(module)][0](z, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, return_indices=True)[1]
+
+# %% ../../nbs/33_attribution_reference.ipynb #318fc36d
+def _pooled(module, z, y, place, z0, y0, place0, grad_out, grad_in):
     "Rescale rule of max pooling."
-    pool, unpool = POOLS[type(module)]
-    args = dict(kernel_size=module.kernel_size, stride=module.stride, padding=module.padding)
-    top = torch.maximum(y, y0.expand_as(y))
-    def back(values, source):
-        where = pool(source, **args, dilation=module.dilation, ceil_mode=module.ceil_mode, return_indices=True)[1]
-        return unpool(values, where.expand_as(values), **args, output_size=list(z.shape[2:]))
-    moved = back(grad_out*(top - y0), z) + back(grad_out*(y - top), z0)
-    near = (z - z0).abs() < 1e-7
-    return torch.where(near, grad_in, moved/torch.where(near, torch.ones_like(z), z - z0))
+    top, step = torch.maximum(y, y0.expand_as(y)), z - z0
+    back = lambda values, where: POOLS[type(module)][1](values, where.expand_as(values), module.kernel_size, module.stride, module.padding, list(z.shape[2:]))
+    moved = back(grad_out*(top - y0), place).add_(back(grad_out*(y - top), place0))
+    return torch.where(step.abs() < 1e-7, grad_in, moved.div_(step))
 
-# %% ../../nbs/33_attribution_reference.ipynb #cb96436b
+# %% ../../nbs/33_attribution_reference.ipynb #cf5032a7
 class _Rescale:
     "Hooks that record activations forwards and apply the rescale rule backwards."
     def __init__(self, model, pool):
@@ -47,12 +48,12 @@ class _Rescale:
         self.seen, self.reference, self.row = {}, {}, 0
     def forward(self, module, inputs, output):
         if module in self.seen: raise InputError(self.modules[module] or 'activation', 'one activation module is used twice in the network', 'give each place a module of its own')
-        self.seen[module] = inputs[0].detach(), output.detach()
+        self.seen[module] = inputs[0].detach(), output.detach(), _place(module, inputs[0].detach())
     def backward(self, module, grad_in, grad_out):
-        z, y = self.seen[module]
-        z0, y0 = (r[self.row:self.row + 1] for r in self.reference[module])
-        rule = (lambda *a: _pooled(module, *a)) if type(module) in POOLS else _slope
-        return (rule(z, y, z0, y0, grad_out[0], grad_in[0]),)
+        z, y, place = self.seen[module]
+        z0, y0, place0 = (None if r is None else r[self.row:self.row + 1] for r in self.reference[module])
+        if place is None: return (_slope(z, y, z0, y0, grad_out[0], grad_in[0]),)
+        return (_pooled(module, z, y, place, z0, y0, place0, grad_out[0], grad_in[0]),)
 
 # %% ../../nbs/33_attribution_reference.ipynb #83722078
 @contextmanager

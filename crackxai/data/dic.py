@@ -6,7 +6,7 @@
 __all__ = ['Interpolation', 'pixel_to_mm', 'mm_to_pixel', 'grid_interpolation', 'to_grid', 'fill_gaps', 'strains',
            'von_mises_strain', 'tip_of', 'read_ground_truth', 'Field', 'read_field', 'read_any']
 
-# %% ../../nbs/11_data_dic.ipynb #1722b176
+# %% ../../nbs/11_data_dic.ipynb #e4c22d4d
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from scipy.spatial import Delaunay, QhullError
 from threadpoolctl import threadpool_limits
 
-from ..core import InputError
+from ..core import InputError, check_npz
 from .nodemap import NodeMap, _magnitudes, _text, read_nodemap, write_nodemap
 
 # %% ../../nbs/11_data_dic.ipynb #59faffe5
@@ -196,13 +196,15 @@ class Field:
         tip = None if self.label is None else tip_of(self.label)
         return tip and pixel_to_mm(tip[::-1], self.label.shape, self.field_of_view_mm, self.side)
 
-# %% ../../nbs/11_data_dic.ipynb #0ace9aa6
+# %% ../../nbs/11_data_dic.ipynb #99ccd534
 def _arrays(path):
     "The arrays of an .npz file; objects are never unpickled."
     if not path.is_file(): raise InputError(path, 'is a folder' if path.is_dir() else 'no such file', 'name a file that is there')
     if not path.stat().st_size: raise InputError(path, 'the file is empty', 'copy it again')
+    check_npz(path)
     try:
         with np.load(path, allow_pickle=False) as z: return {name: z[name] for name in z.files}
+    except PermissionError: raise InputError(path, 'may not be read', 'change its permissions') from None
     except (AttributeError, TypeError): raise InputError(path, 'is a single array, not an .npz archive', 'save it with np.savez') from None
     except Exception as error:
         pickled = 'pickle' in str(error).lower() and path.read_bytes()[:2] == b'PK'

@@ -6,8 +6,8 @@
 __all__ = ['DATASETS', 'MAX_UNPACKED', 'MAX_MEMBERS', 'AGENT', 'WAITS', 'File', 'DataSet', 'find_set', 'home_of', 'list_sets',
            'unpack', 'fetch', 'verify']
 
-# %% ../../nbs/15_data_fetch.ipynb #b193d2de
-import hashlib, os, shutil, stat, sys, tarfile, tempfile, time, zipfile, zlib
+# %% ../../nbs/15_data_fetch.ipynb #62248e9f
+import hashlib, os, shutil, stat, sys, tarfile, tempfile, time, zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 import pooch, requests
 
-from ..core import InputError, atomic_path, find_data, find_root
+from ..core import InputError, _alive, atomic_path, find_data, find_root
 from . import surface
 
 # %% ../../nbs/15_data_fetch.ipynb #90884c5e
@@ -158,8 +158,7 @@ def _write_members(members, path, folder, holds):
         target.parent.mkdir(parents=True, exist_ok=True)
         with opener() as source, open(target, 'wb') as out: shutil.copyfileobj(source, out, 2**20)
 
-# %% ../../nbs/15_data_fetch.ipynb #a166178b
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+# %% ../../nbs/15_data_fetch.ipynb #a93ec4b4
 def unpack(
     path,    # zip or tar, however compressed
     folder,  # where to
@@ -167,13 +166,16 @@ def unpack(
     limit=MAX_UNPACKED,  # bytes
 ):
     "Unpack the wanted part of an archive; writes nothing if any member is dangerous. Raises InputError naming the archive."
-    kind = zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open if tarfile.is_tarfile(path) else None
-    if not kind: raise InputError(path, 'is neither a zip nor a tar archive', 'fetch it again; a web page may have come in its place')
     try:
+        kind = zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open if tarfile.is_tarfile(path) else None
+        if not kind: raise InputError(path, 'is neither a zip nor a tar archive', 'fetch it again; a web page may have come in its place')
         with kind(path) as archive:
             members = _checked(_zip_members(archive) if kind is zipfile.ZipFile else _tar_members(archive), path, limit)
             _write_members(members, path, folder, holds)
-    except _BROKEN as error: raise InputError(path, f'is damaged ({error})', 'fetch it again') from None
+    except InputError: raise
+    except Exception as error:                                              # whatever the reader of a damaged archive stumbles over
+        if isinstance(error, OSError) and error.errno: raise                # the disk's fault, not the archive's
+        raise InputError(path, f'is damaged ({type(error).__name__}: {error})', 'fetch it again') from None
 
 # %% ../../nbs/15_data_fetch.ipynb #c2a5f002
 AGENT = 'crackxai (research software; data download on request of a user)'
@@ -250,10 +252,10 @@ def _record(file, path, folder):
     with atomic_path(folder/f'{file.name}.sha256') as p: p.write_text(f'{_digest(path)}  {file.name}\n')
     print(f'{file.name}: its makers publish no checksum; the SHA-256 of what came is in {folder/(file.name + ".sha256")}')
 
-# %% ../../nbs/15_data_fetch.ipynb #52010eac
+# %% ../../nbs/15_data_fetch.ipynb #b98b38f5
 def _bring(file, folder, by_hand, again, **options):
     "One file into its place."
-    with tempfile.TemporaryDirectory(prefix='.fetch-', dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix=f'.fetch-{os.getpid()}-', dir=folder) as work:
         work = Path(work)
         came = (None if again else _put_there(file, folder, by_hand)) or _download(file, work, by_hand, **options)
         if file.unpack: unpack(came, work/'new', file.holds + file.also)
@@ -263,7 +265,13 @@ def _bring(file, folder, by_hand, again, **options):
         for name in file.holds + file.also:
             if (work/'new'/name).exists(): _place(work/'new'/name, folder/name, work/'old')
 
-# %% ../../nbs/15_data_fetch.ipynb #a6fce6b9
+# %% ../../nbs/15_data_fetch.ipynb #5497320d
+def _forget(folder):
+    "Remove what a download left that was killed."
+    for old in folder.glob('.fetch-*-*'):
+        if old.name.split('-')[1].isdigit() and not _alive(int(old.name.split('-')[1])): shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/15_data_fetch.ipynb #0e901f1a
 def fetch(
     name,            # data set, as in `crackxai data list`
     folder=None,     # default: `$CRACKXAI_DATA/<name>`, else `data/raw/<name>`
@@ -280,6 +288,7 @@ def fetch(
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _forget(folder)
         for file in todo: _bring(file, folder, by_hand, again, local=local, waits=waits, progress=progress)
     except InputError: raise
     except OSError as error: raise InputError(folder, f'cannot be written ({error.strerror or error})', 'name another folder in CRACKXAI_DATA') from None

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'nth_crack', 'wave_batches', 'WaveSet', 'wave_labels', 'wave_array', 'make_waves', 'read_waves']
 
-# %% ../../nbs/16_data_waveset.ipynb #e073558f
+# %% ../../nbs/16_data_waveset.ipynb #aad649f4
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, atomic_path, write_csv, write_json
+from ..core import InputError, atomic_path, check_npz, write_csv, write_json
 from .wave import box, cells, normalised, random_cracks, reference_field, simulate
 
 # %% ../../nbs/16_data_waveset.ipynb #3588327d
@@ -192,11 +192,12 @@ def _field(data, name, path):
     if not values.any(): raise InputError(path, f'all traces of {name} are zero', 'check the recording')
     return values
 
-# %% ../../nbs/16_data_waveset.ipynb #d0392228
+# %% ../../nbs/16_data_waveset.ipynb #70ab2255
 def read_waves(
     path,  # .npz with waves (2, t, sy, sx) and, if there is one, reference: the uncracked plate
 ):
     "Waves and reference (None without one), both (2, t, sy, sx) float32, as stored. A silent sensor is allowed, a silent plate is not."
+    check_npz(path)
     try: data = np.load(path, allow_pickle=False)
     except FileNotFoundError: raise InputError(path, 'does not exist') from None
     except PermissionError: raise InputError(path, 'may not be read', 'change its permissions') from None

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'vgg11_128', 'fold_batch_norm', 'save_weights', 'find_weights', 'read_header', 'load_weights',
-           'state_hash', 'predict']
+           'weights_source', 'load_again', 'state_hash', 'predict']
 
-# %% ../../nbs/20_models_classify.ipynb #e74fab1b
+# %% ../../nbs/20_models_classify.ipynb #59e51150
 import hashlib, json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torchvision.models import vgg
 
@@ -64,7 +64,7 @@ def fold_batch_norm(
 # %% ../../nbs/20_models_classify.ipynb #ff397e1b
 BUILDERS = dict(vgg11_128=vgg11_128)
 
-# %% ../../nbs/20_models_classify.ipynb #f5155c72
+# %% ../../nbs/20_models_classify.ipynb #b4851dcc
 def save_weights(
     model,    # with a .spec, as the builders set it
     path,     # .safetensors
@@ -73,7 +73,7 @@ def save_weights(
 ):
     "Write a network with its architecture in one step."
     state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with atomic_path(path) as p: save_file(state, p, {'crackxai': json.dumps(dict(spec=model.spec, card=card))})
+    with atomic_path(path) as p: p.write_bytes(save(state, {'crackxai': json.dumps(dict(spec=model.spec, card=card))}))    # save_file has a temporary file of its own, which stays when it is killed
 
 # %% ../../nbs/20_models_classify.ipynb #d1d5101a
 def find_weights(
@@ -101,7 +101,7 @@ def read_header(
     if not isinstance(header, dict) or not isinstance(header.get('spec'), dict): raise InputError(path, 'its crackxai header cannot be read', 'fetch the file again')
     return header
 
-# %% ../../nbs/20_models_classify.ipynb #32bea914
+# %% ../../nbs/20_models_classify.ipynb #07ca0b62
 def load_weights(
     name,           # a shipped name or a file
     builders=None,  # architectures that will do: dict of name and function; default: the classifiers
@@ -117,8 +117,32 @@ def load_weights(
     except TypeError as error: raise InputError(path, f'its crackxai header does not fit {architecture} ({error})', 'fetch the file again') from None
     try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}, assign=True)
     except (SafetensorError, RuntimeError) as error: raise InputError(path, f'its tensors do not fit a {architecture} network ({str(error).splitlines()[0]})', 'fetch the file again') from None
+    odd = next((k for k, v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if odd: raise InputError(path, f'its tensor {odd} holds NaN or infinite numbers', 'fetch the file again, or train anew')
     model.card = header.get('card') or {}
     return model.eval()
+
+# %% ../../nbs/20_models_classify.ipynb #f32c7e7a
+def weights_source(
+    name,     # a shipped name or a file
+    options,  # plain values to load it with
+):
+    "dict(weights, digest, options) to load the same again elsewhere; None where an option is no plain value."
+    path = find_weights(name)
+    try: json.dumps(options)
+    except TypeError: return None
+    with open(path, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return dict(weights=str(name) if path.parent == weights_dir() else str(path.absolute()), digest=digest, options=options)
+
+# %% ../../nbs/20_models_classify.ipynb #da158012
+def load_again(
+    load,    # Segmenter.load, TipFinder.load or CrackLocator.load
+    weights, digest, options,  # of `weights_source`
+):
+    "What `load` gives, or InputError where the file is another one."
+    made = load(weights, **options)
+    if made.source['digest'] != digest: raise InputError(weights, 'is another file here than where the call was made', 'bring the weights of all machines to one state')
+    return made
 
 # %% ../../nbs/20_models_classify.ipynb #fdb3dabc
 def state_hash(model):
@@ -127,7 +151,7 @@ def state_hash(model):
     for key, value in model.state_dict().items(): digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/20_models_classify.ipynb #2639e889
+# %% ../../nbs/20_models_classify.ipynb #4c54e279
 @torch.inference_mode()
 def predict(
     model,
@@ -137,6 +161,7 @@ def predict(
 ):
     "Probability of each class: (n, classes)."
     device = next(model.parameters()).device
-    out = [model(images[i:i + batch].to(device)).float().cpu() for i in range(0, len(images), batch)]
+    laid = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    out = [model(images[i:i + batch].to(device).contiguous(memory_format=laid)).float().cpu() for i in range(0, len(images), batch)]
     out = torch.cat(out) if out else torch.empty(0, model.spec['classes'])
     return out if logits else out.softmax(1)

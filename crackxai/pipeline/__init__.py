@@ -8,12 +8,13 @@ __all__ = []
 # %% ../../nbs/66_pipeline.ipynb #8efa67e0
 from importlib import import_module
 
-# %% ../../nbs/66_pipeline.ipynb #504165be
+# %% ../../nbs/66_pipeline.ipynb #ee65d76b
 _WHERE = dict(
     files='check_out find_files run_files save_png',
     surface='SEVERITY_COLUMNS Segmentation Segmenter blend_weights find_images overlay segment_file segment_files',
     tip='TIP_COLUMNS TipFinder TipResult attention_picture tip_file tip_files',
     wave='BOX_COLUMNS CrackLocator LocateResult locate_file locate_files',
+    workers='cluster processes',
 )
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)

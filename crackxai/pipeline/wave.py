@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SENSORS', 'TARGETS', 'BOX_COLUMNS', 'best_shift', 'shifted', 'first_arrivals', 'agreement', 'LocateResult',
-           'CrackLocator', 'locate_file', 'locate_files']
+           'CrackLocator', 'locate_file', 'locate_work', 'locate_files']
 
-# %% ../../nbs/64_pipeline_wave.ipynb #4ec6f998
+# %% ../../nbs/64_pipeline_wave.ipynb #c9f52e82
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -16,9 +16,9 @@ import numpy as np, torch
 from ..core import InputError
 from ..data.wave import reference_field
 from ..data.waveset import read_waves
-from ..models.classify import load_weights
+from ..models.classify import load_again, load_weights, weights_source
 from ..models.keypoint import SensorNet, heads, network_input
-from .files import run_files
+from .files import one_by_one, run_files
 from ..training_wave import GAIN, boxes_from_map, flip_boxes, mirror, on_grid
 
 # %% ../../nbs/64_pipeline_wave.ipynb #69a1af36
@@ -194,7 +194,7 @@ class LocateResult:
 # %% ../../nbs/64_pipeline_wave.ipynb #38b29f3a
 TARGETS = dict(x_min=0, y_min=1, x_max=2, y_max=3, crack=4)   # outputs of SensorNet
 
-# %% ../../nbs/64_pipeline_wave.ipynb #d2aefcb7
+# %% ../../nbs/64_pipeline_wave.ipynb #8d31f3e4
 class CrackLocator:
     "A trained SensorNet and its way from waves to boxes."
     def __init__(self,
@@ -206,6 +206,7 @@ class CrackLocator:
     ):
         steps, rest = model.spec['steps'], STEPS % model.spec['steps']
         if rest or model.spec['sensors'] != SENSORS or model.spec['channels'] != 4: raise InputError('network', f'takes {steps} steps of {model.spec["sensors"]} x {model.spec["sensors"]} sensors', f'{STEPS} steps or averages of them, {SENSORS} x {SENSORS} sensors and 4 channels are needed')
+        self.source = None
         self.model, self.average, self.threshold, self.cell_threshold, self.least, self.flips = model.eval(), STEPS//steps, threshold, cell_threshold, least, flips
     @classmethod
     def load(cls,
@@ -214,7 +215,9 @@ class CrackLocator:
     ):
         "From shipped weights or a file; the card's settings apply unless given."
         model = load_weights(weights, dict(sensornet=SensorNet))
-        return cls(model, **{**model.card.get('crack_locator', {}), **options})
+        made = cls(model, **{**model.card.get('crack_locator', {}), **options})
+        made.source = weights_source(weights, options)
+        return made
 
 # %% ../../nbs/64_pipeline_wave.ipynb #d43639d6
 def _network_input(self, waves, reference):
@@ -276,11 +279,21 @@ def locate_file(
     r = locator(waves, reference, str(path))
     return dict(file=str(path), found=r.found, confidence=r.confidence, **(dict(zip(('x_min', 'y_min', 'x_max', 'y_max'), map(float, r.box))) if r.found else {}))
 
-# %% ../../nbs/64_pipeline_wave.ipynb #573a09a6
+# %% ../../nbs/64_pipeline_wave.ipynb #5d7814a0
+def locate_work(
+    **source,  # of the CrackLocator
+):
+    "What another process calls with (path, stem)."
+    locator = load_again(CrackLocator.load, **source)
+    return lambda path, stem: locate_file(locator, path)
+
+# %% ../../nbs/64_pipeline_wave.ipynb #0773b2b7
 def locate_files(
     locator,
     paths,  # files and folders; in a folder .npz counts
     out,    # folder for boxes.csv, failures.csv
+    spread=one_by_one,  # who works, see crackxai.pipeline.workers
 ):
-    "Find the cracks in many files; returns (rows, failures). A plate without a crack is a row, not a failure."
-    return run_files(lambda path, stem: locate_file(locator, path), paths, out, 'boxes.csv', BOX_COLUMNS, 'plate', ('.npz',))
+    "Find the cracks in many files; returns (rows, failures). A plate without a crack is a row, not a failure. A call that was stopped goes on where it was."
+    return run_files(lambda path, stem: locate_file(locator, path), paths, out, 'boxes.csv', BOX_COLUMNS, 'plate', ('.npz',),
+                     recipe=locator.source and (locate_work, locator.source), spread=spread)
