@@ -82,20 +82,20 @@ def tidy(
         if cell['cell_type'] == 'code': cell['outputs'] = [o for o in map(_static, cell['outputs']) if o]
     return nb
 
-# %% ../nbs/82_reproduce.ipynb #b6e6691f
+# %% ../nbs/82_reproduce.ipynb #d7e6d88a
 def find_notebook(
-    stem,  # of a notebook in nbs/papers or nbs/benchmarks
+    stem,  # of a notebook in nbs/papers, nbs/benchmarks or nbs/tutorials
 ):
-    "Its path and the folder of its results in a run: the paper's name, or benchmarks. Raises InputError that lists the notebooks."
-    folders = [find_root()/'nbs'/kind for kind in ('papers', 'benchmarks')]
+    "Its path and the folder of its results in a run: the paper's name, benchmarks or tutorials. Raises InputError that lists the notebooks."
+    folders = [find_root()/'nbs'/kind for kind in ('papers', 'benchmarks', 'tutorials')]
     for folder in folders:
         if (folder/f'{stem}.ipynb').is_file(): return folder/f'{stem}.ipynb', stem.split('_')[0] if folder.name == 'papers' else folder.name
-    raise InputError(stem, 'no such paper or benchmark notebook', f'there are: {", ".join(p.stem for folder in folders for p in sorted(folder.glob("*.ipynb")))}')
+    raise InputError(stem, 'no such paper, benchmark or tutorial notebook', f'there are: {", ".join(p.stem for folder in folders for p in sorted(folder.glob("*.ipynb")))}')
 
-# %% ../nbs/82_reproduce.ipynb #7616bb5d
+# %% ../nbs/82_reproduce.ipynb #b589839e
 def run_notebook(
-    stem,              # of a notebook in nbs/papers or nbs/benchmarks
-    profile='quick',
+    stem,              # see `find_notebook`
+    profile='quick',   # a tutorial has no parameters
     **more,            # further parameters
 ):
     "Execute a notebook into runs/<profile>/<paper or benchmarks>/run/<stem>.ipynb; returns that path. The copy of a failed run stays for reading."
@@ -103,8 +103,8 @@ def run_notebook(
     import papermill
     root = find_root()
     source, folder = find_notebook(stem)
-    given = {**profile_parameters(profile, stem), **more}
-    check_parameters(source, given)
+    given = {} if folder == 'tutorials' else {**profile_parameters(profile, stem), **more}
+    if given: check_parameters(source, given)
     target = root/'runs'/profile/folder/'run'/f'{stem}.ipynb'
     target.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(source), str(target), given, cwd=str(root), progress_bar=False, log_output=False, kernel_name='python3')
@@ -137,7 +137,7 @@ INTENDED = dict(
     sensornet=('Intended use: `crackxai locate` on waves of the set-up in `data.wave` (101 x 101 nodes, source at the middle of the left edge, 9 x 9 sensors, 2000 steps).',
                'Trained on simulated plates only. Another set-up needs its own training; nothing measured has been tried.'))
 
-# %% ../nbs/82_reproduce.ipynb #f20f43e9
+# %% ../nbs/82_reproduce.ipynb #ed319a26
 def model_card(
     path,  # weights file
 ):
@@ -147,7 +147,7 @@ def model_card(
     spec, card = header['spec'], header['card']
     model = classify.load_weights(path, {**segment.BUILDERS, **segment.SURFACE_BUILDERS, **tip.BUILDERS, **keypoint.BUILDERS})
     lines = [f'# {Path(path).stem}', '', f'Hash of the weights: `{classify.state_hash(model)}`. Written by the paper notebooks, rendered from the file\'s header.', '',
-             '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in spec.items()), *(f'| {k} | {json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v} |' for k, v in card.items()), '',
+             '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in spec.items()), *(f'| {k}{", training" if k in spec else ""} | {json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v} |' for k, v in card.items()), '',
              *INTENDED.get(spec['architecture'], ('Trained in a paper notebook, for comparison.',)), '']
     return '\n'.join(lines)
 
@@ -253,11 +253,11 @@ def release(
     with atomic_path(root/'README.md') as p: p.write_text(text, encoding='utf-8')
     return done
 
-# %% ../nbs/82_reproduce.ipynb #35615343
+# %% ../nbs/82_reproduce.ipynb #19259089
 def main(arguments=None):
     "python -m crackxai.reproduce STEM --profile P | --collect --profile P | [STEM] --release --profile P"
     parser = argparse.ArgumentParser(prog='python -m crackxai.reproduce', description='Run a paper or benchmark notebook with a profile, or collect the results.')
-    parser.add_argument('stem', nargs='?', help='notebook in nbs/papers or nbs/benchmarks, without .ipynb')
+    parser.add_argument('stem', nargs='?', help='notebook in nbs/papers, nbs/benchmarks or nbs/tutorials, without .ipynb')
     parser.add_argument('--profile', default='quick', help='quick, cpu or paper')
     parser.add_argument('--collect', action='store_true', help='join the comparisons into published_vs_reproduced.csv and write report.html')
     parser.add_argument('--release', action='store_true', help='copy the run to figures/ and data/weights/, render README.md; with a notebook, only the folder of its results')
