@@ -124,12 +124,13 @@ def _centres(points, seed):
         last = nearest
     return centres
 
-# %% ../nbs/50_severity.ipynb #8abc632c
+# %% ../nbs/50_severity.ipynb #13a2aab9
 def _width_at(crack, y, x, w=20):
     "Length of the first run of crack along the short axis of the ellipse; 0 where the outline has too few corners for one."
     region = crack[max(0, y - w):y + w, max(0, x - w):x + w]
     corners = _corners(region)
-    ellipse = EllipseModel.from_estimate(corners) if len(corners) >= 5 else None
+    try: ellipse = EllipseModel.from_estimate(corners) if len(corners) >= 5 else None
+    except TypeError: ellipse = None       # scikit-image, where the best conic through the corners is no ellipse: its angle is complex
     if not ellipse: return 0
     angle = ellipse.theta + (0 if ellipse.axis_lengths[0] < ellipse.axis_lengths[1] else math.pi/2)
     reach = w*np.array([math.sin(angle), math.cos(angle)])

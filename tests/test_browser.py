@@ -94,7 +94,7 @@ def browser_page(lab):
         errors[:] = [e for e in errors if '/api/kernels' not in e]      # of a kernel that was replaced before anything ran
         page.keyboard.press('Control+b')                     # the file browser makes room
         page.locator('.crackxai-surface-picture').scroll_into_view_if_needed()
-        yield SimpleNamespace(page=page, errors=errors)
+        yield SimpleNamespace(page=page, errors=errors, browser=browser)
         browser.close()
 
 
@@ -238,25 +238,24 @@ def test_nothing_complained(browser_page, lab):
     assert not [line for line in log.splitlines() if 'Traceback' in line or 'NetworkUsed' in line]
 
 
-def test_the_report_opens_without_a_network(tmp_path):
+def test_the_report_opens_without_a_network(browser_page, tmp_path):
     shutil.copytree(ROOT/'figures', tmp_path/'run')
     report, asked, errors = run_report(tmp_path/'run', 'cpu'), [], []
     shutil.move(report, tmp_path/'alone.html')                   # nothing lies beside it
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_context(offline=True, viewport=dict(width=1200, height=900)).new_page()
-        page.set_default_timeout(1000*PATIENCE)
-        page.on('request', lambda r: asked.append(r.url)); page.on('pageerror', lambda e: errors.append(str(e)))
-        page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
-        page.goto((tmp_path/'alone.html').as_uri())
-        pictures = page.locator('img')
-        assert pictures.count() >= 20 and all(pictures.evaluate_all('all => all.map(e => e.complete && e.naturalWidth > 0)'))
-        assert all(url.startswith(('data:', (tmp_path/'alone.html').as_uri())) for url in asked), asked
-        page.locator('nav a', has_text='moreh2024_20').click()
-        assert page.evaluate('scrollY') > 0
-        folded = page.locator('details').first
-        folded.locator('summary').click()
-        expect(folded.locator('table')).to_be_visible()
-        keep(page, '8_report')
-        browser.close()
+    context = browser_page.browser.new_context(offline=True, viewport=dict(width=1200, height=900))
+    page = context.new_page()
+    page.set_default_timeout(1000*PATIENCE)
+    page.on('request', lambda r: asked.append(r.url)); page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    page.goto((tmp_path/'alone.html').as_uri())
+    pictures = page.locator('img')
+    assert pictures.count() >= 20 and all(pictures.evaluate_all('all => all.map(e => e.complete && e.naturalWidth > 0)'))
+    assert all(url.startswith(('data:', (tmp_path/'alone.html').as_uri())) for url in asked), asked
+    page.locator('nav a', has_text='moreh2024_20').click()
+    assert page.evaluate('scrollY') > 0
+    folded = page.locator('details').first
+    folded.locator('summary').click()
+    expect(folded.locator('table')).to_be_visible()
+    keep(page, '8_report')
+    context.close()
     assert errors == []

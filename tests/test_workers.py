@@ -1,5 +1,5 @@
 "`--workers` and `--scheduler`: the same bytes as one process, every file once, also where a worker is killed, one joins late, or the call is stopped by hand."
-import os, signal, subprocess, sys, threading, time
+import os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,10 +61,13 @@ def whole(run, tiny_weights, walls, tmp_path_factory):
 def test_two_workers_stopped_by_hand_and_called_again_give_the_bytes_of_one_process(run, run_process, tiny_weights, walls, whole, tmp_path):
     "Ctrl-C: exit code 130, the finished rows are in the table, no process and no temporary file stays; then the rest is done."
     command = [BIN/'crackxai', 'segment', walls, '--out', tmp_path/'out', '--weights', tiny_weights.cracked, *QUICK, '--workers', '2']
-    process = subprocess.Popen(list(map(str, command)), env=run_process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    while process.poll() is None and len(list((tmp_path/'out').glob('*_overlay.png'))) < 5: time.sleep(.005)
-    os.killpg(process.pid, signal.SIGINT)                          # as a terminal does: to all of them
-    said = process.communicate(timeout=60)[0]
+    for _ in range(5):                                             # on a busy machine all may be done before the hand is quick enough
+        shutil.rmtree(tmp_path/'out', ignore_errors=True)
+        process = subprocess.Popen(list(map(str, command)), env=run_process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        while process.poll() is None and len(list((tmp_path/'out').glob('*_overlay.png'))) < 3: time.sleep(.005)
+        if process.returncode is None: os.killpg(process.pid, signal.SIGINT)      # as a terminal does: to all of them
+        said = process.communicate(timeout=60)[0]
+        if process.returncode == 130: break
     rows = read_csv(tmp_path/'out'/'severity.csv')
     assert process.returncode == 130 and 'what was finished is written' in said and 'Traceback' not in said, said
     assert 0 < len(rows) < 29 and not left_over(tmp_path/'out') and all((tmp_path/'out'/f'{Path(r["file"]).stem}_mask.png').is_file() for r in rows)
@@ -77,16 +80,19 @@ def test_two_workers_stopped_by_hand_and_called_again_give_the_bytes_of_one_proc
 
 def test_a_cluster_loses_a_worker_and_gains_one_and_gives_the_same_bytes(run, tiny_weights, walls, whole, tmp_path, crowd):
     "Two workers; once some photos are done one is killed, and another joins. Every photo has one row."
-    first, second = crowd.worker(), crowd.worker()
-    out, ended = tmp_path/'out', threading.Event()
-    def accident():
+    workers = [crowd.worker(), crowd.worker()]
+    def accident(out, ended, done):
         while len(list(out.glob('*_overlay.png'))) < 6 and not ended.is_set(): time.sleep(.005)
-        first.kill(); first.wait(); accidents.append(len(list(out.glob('*_overlay.png')))); crowd.worker()
-    accidents, watcher = [], threading.Thread(target=accident)
-    watcher.start()
-    try: r = run('segment', walls, '--out', out, '--weights', tiny_weights.cracked, *QUICK, '--scheduler', crowd.address)
-    finally: ended.set(); watcher.join()
-    assert r.code == 3 and 6 <= accidents[0] < 29, (accidents, r.output)
+        first = workers.pop(0)
+        first.kill(); first.wait(); done.append(len(list(out.glob('*_overlay.png')))); workers.append(crowd.worker())
+    for n in range(4):                                             # on a busy machine all may be done before the accident
+        out, ended, done = tmp_path/f'out{n}', threading.Event(), []
+        watcher = threading.Thread(target=accident, args=(out, ended, done))
+        watcher.start()
+        try: r = run('segment', walls, '--out', out, '--weights', tiny_weights.cracked, *QUICK, '--scheduler', crowd.address)
+        finally: ended.set(); watcher.join()
+        if done[0] < 29: break
+    assert r.code == 3 and 6 <= done[0] < 29, (done, r.output)
     rows = [row['file'] for row in read_csv(out/'severity.csv')]
     assert len(rows) == len(set(rows)) == 29 and bytes_of(out) == whole
 
