@@ -232,7 +232,7 @@ def _released(relative):
     "Is a file of a run part of the release: figures, tables, records and executed notebooks, not counts, checkpoints or predictions."
     return relative.suffix in {'.png', '.csv', '.json', '.ipynb', '.gif'} and (len(relative.parts) == 2 or relative.parts[1] == 'run')
 
-# %% ../nbs/82_reproduce.ipynb #26da5b36
+# %% ../nbs/82_reproduce.ipynb #ca362970
 def release(
     profile='cpu',
     part='*',  # a paper's folder, or benchmarks; default: all of them
@@ -242,7 +242,9 @@ def release(
     root = find_root()
     run, done = root/'runs'/profile, []
     copies = [(f, root/'figures'/f.relative_to(run)) for f in sorted(run.glob(f'{part}/**/*')) if f.is_file() and _released(f.relative_to(run))]
-    copies += [(f, root/'data'/'weights'/f.name) for f in [*sorted(run.glob(f'{part}/classifier/*.safetensors')), *sorted(run.glob(f'{part}/weights/*.safetensors'))] if not f.stem.startswith('fold')]
+    with_student = {f.name for f in run.glob('*/weights/*.safetensors')}                # these hold the classifier of that name, too
+    alone = [f for f in sorted(run.glob(f'{part}/classifier/*.safetensors')) if not f.stem.startswith('fold') and f.name not in with_student]
+    copies += [(f, root/'data'/'weights'/f.name) for f in [*alone, *sorted(run.glob(f'{part}/weights/*.safetensors'))]]
     for source, target in copies:
         with atomic_path(target) as p: shutil.copyfile(source, p)
         done.append(target.relative_to(root))

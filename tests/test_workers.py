@@ -63,7 +63,8 @@ def test_two_workers_stopped_by_hand_and_called_again_give_the_bytes_of_one_proc
     command = [BIN/'crackxai', 'segment', walls, '--out', tmp_path/'out', '--weights', tiny_weights.cracked, *QUICK, '--workers', '2']
     for _ in range(5):                                             # on a busy machine all may be done before the hand is quick enough
         shutil.rmtree(tmp_path/'out', ignore_errors=True)
-        process = subprocess.Popen(list(map(str, command)), env=run_process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(list(map(str, command)), env=run_process.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # what a shell starts in the background ignores it
         while process.poll() is None and len(list((tmp_path/'out').glob('*_overlay.png'))) < 3: time.sleep(.005)
         if process.returncode is None: os.killpg(process.pid, signal.SIGINT)      # as a terminal does: to all of them
         said = process.communicate(timeout=60)[0]
