@@ -37,7 +37,7 @@ test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: under 10 minu
 	@MPLBACKEND=Agg $(BIN)/pytest -q tests
 
 # No MPLBACKEND here: with it, executed notebooks hold no pictures.
-reproduce: $(STAMP) ## the released paper notebooks into runs/PROFILE/ (PROFILE=quick, cpu or paper); goes on where it stopped
+reproduce: $(STAMP) ## every paper notebook into runs/PROFILE/ (PROFILE=quick, cpu or paper); goes on where it stopped
 	@mkdir -p runs
 	@$(GUARD) $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-incomplete --quiet host reason \
 	  --config profile=$(PROFILE) || { code=$$?; \
