@@ -139,17 +139,15 @@ def tile_probability(
     said = np.asarray(said, float)
     return expit(gate[0]*level_logit(said[:, 0]) + gate[1]*said[:, 1] + gate[2])
 
-# %% ../../nbs/62_pipeline_surface.ipynb #0afbf776
-def _drawn(self, tiles, probability):
+# %% ../../nbs/62_pipeline_surface.ipynb #88a1b991
+def _drawn(self, tiles, logits):
     "What the student draws, in the tile's own pixels, and how probable a crack is: (n, h, w), (n,)."
     values = draw(self.student, tiles, self.batch)
-    if self.gate is not None:
-        area = self.sizes['min_area']*(tiles.shape[-1]/self.cut)**2
-        said = np.stack([[surest(v, self.possible, area) for v in values], logit(np.clip(probability, 1e-7, 1 - 1e-7))], 1)
-        probability = tile_probability(said, self.gate)
-    return _fit(values, self.cut), probability
+    if self.gate is None: return _fit(values, self.cut), expit(logits)
+    area = self.sizes['min_area']*(tiles.shape[-1]/self.cut)**2
+    return _fit(values, self.cut), tile_probability(np.stack([[surest(v, self.possible, area) for v in values], logits], 1), self.gate)
 
-# %% ../../nbs/62_pipeline_surface.ipynb #3c3510c6
+# %% ../../nbs/62_pipeline_surface.ipynb #5be76ded
 def _segment(self, image, mm_per_px=None):
     "Segment one image: (3, h, w) or (h, w) in 0..1. Returns a Segmentation."
     image = _checked(image)
@@ -162,11 +160,12 @@ def _segment(self, image, mm_per_px=None):
     for i in range(0, len(corners), 16*self.batch):
         part = corners[i:i + 16*self.batch]
         tiles = resize(torch.from_numpy(np.stack([full[:, t:t + self.cut, l:l + self.cut] for t, l in part])), size)
-        probability = predict(self.model, tiles, self.batch)[:, 1].numpy()
+        logits = predict(self.model, tiles, self.batch, logits=True)
         if self.method == 'student':
-            values, probability = _drawn(self, tiles, probability)
+            values, probability = _drawn(self, tiles, (logits[:, 1] - logits[:, 0]).numpy())
             rows, masks = np.arange(len(part)), np.broadcast_to((probability >= self.min_probability)[:, None, None], values.shape)
         else:
+            probability = logits.softmax(1)[:, 1].numpy()
             rows, values, masks, delta = _explained(self, tiles, probability)
             deltas.extend(delta)
         for (t, l), p in zip(part, probability):
