@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['input_x_gradient', 'intgrad', 'gradientshap']
 
-# %% ../../nbs/32_attribution_gradient.ipynb #14838812
+# %% ../../nbs/32_attribution_gradient.ipynb #5717eb5d
 import numpy as np, torch
-from captum.attr import IntegratedGradients
 
 from .contract import baseline_set, in_chunks, mean_baseline, score_of, untouched
+from ..core import InputError
 
 # %% ../../nbs/32_attribution_gradient.ipynb #f319656d
 def input_x_gradient(
@@ -29,37 +29,85 @@ def input_x_gradient(
         with torch.no_grad(): black = score_of(model(torch.zeros_like(x[:1])), target) if len(x) else None
         return in_chunks(part, x, 'input_x_gradient', batch)
 
-# %% ../../nbs/32_attribution_gradient.ipynb #0e3113af
+# %% ../../nbs/32_attribution_gradient.ipynb #a6d30c3a
+def _along(forward, x, b, places, batch):
+    "Score and gradient at places on the lines from b to the images: (m,), (m, c, h, w). `places`: (number of the image, 0..1) each."
+    parts = []
+    for i in range(0, len(places), batch):
+        rows, t = zip(*places[i:i + batch])
+        point = torch.lerp(b.expand(len(rows), *b.shape[1:]), x[list(rows)], torch.tensor(t, dtype=x.dtype, device=x.device).view(-1, *[1]*(x.ndim - 1))).requires_grad_()
+        score = forward(point)
+        parts.append((score.detach(), *torch.autograd.grad(score.sum(), point)))
+    return map(torch.cat, zip(*parts))
+
+# %% ../../nbs/32_attribution_gradient.ipynb #354123d1
+def _trapezia(t, score, slope):
+    "Weights of the points t (m,) in any order, error of each interval between them, and where its middle is."
+    order = np.argsort(t)
+    h = np.diff(t[order])
+    weight = np.zeros(len(t))
+    weight[order[:-1]] += h/2; weight[order[1:]] += h/2
+    return weight, h*(slope[order[1:]] + slope[order[:-1]])/2 - np.diff(score[order]), t[order[:-1]] + h/2
+
+# %% ../../nbs/32_attribution_gradient.ipynb #b5475ed3
+def _where_it_bends(forward, x, b, max_delta, max_steps, floor, batch, first=8, more=4):
+    "Path integral of the gradient with points where they are needed: relevance, difference, score, number of points."
+    n, step = len(x), x - b
+    points, relevance = [([0.], [0.], [0.], []) for _ in range(n)], torch.zeros_like(x)
+    (below,), ground = _along(forward, x, b, [(0, 0.)], batch)
+    for i, (_, score, slope, grads) in enumerate(points): score[0], slope[0] = below.item(), (ground[0]*step[i]).sum(dtype=torch.float64).item(); grads.append(ground[0])
+    todo = {i: np.linspace(0, 1, first + 1)[1:] for i in range(n)}
+    while todo:
+        places = [(i, t) for i, new in todo.items() for t in new]
+        for (i, at), f, g in zip(places, *_along(forward, x, b, places, batch)):
+            for known, value in zip(points[i], (at, f.item(), (g*step[i]).sum(dtype=torch.float64).item(), g)): known.append(value)
+        for i in list(todo):
+            t, score, slope = map(np.array, points[i][:3])
+            weight, error, middle = _trapezia(t, score, slope)
+            allowed = max_delta*max(abs(score[t.argmax()] - score[0]), floor)
+            if (abs(error.sum()) <= allowed and np.abs(error).sum() <= 10*allowed) or len(t) + more > max_steps:
+                relevance[i] = torch.tensordot(torch.as_tensor(weight, dtype=x.dtype, device=x.device), torch.stack(points[i][3]), 1)*step[i]
+                points[i][3].clear(); del todo[i]
+            else: todo[i] = middle[np.argsort(-np.abs(error), kind='stable')[:more]]
+    score = torch.tensor([p[1][p[0].index(1.)] for p in points])
+    return relevance, score - below.cpu(), score, np.array([len(p[0]) for p in points])
+
+# %% ../../nbs/32_attribution_gradient.ipynb #d9d3a32d
+def _evenly(forward, x, b, n_steps, max_delta, max_steps, floor, batch):
+    "The same with a number of points that is doubled where the sum does not hold."
+    from captum.attr import IntegratedGradients      # here: slow to load
+    with torch.no_grad(): score, below = forward(x), forward(b)
+    difference = score - below
+    relevance, steps = torch.zeros_like(x), np.zeros(len(x), int)
+    todo, n = torch.arange(len(x)), n_steps
+    while len(todo):
+        relevance[todo] = IntegratedGradients(forward).attribute(x[todo], b, n_steps=n, internal_batch_size=max(batch, len(todo))).detach().to(x.dtype)
+        steps[todo.numpy()] = n
+        error = (relevance[todo].flatten(1).sum(1) - difference[todo]).abs()
+        n *= 2
+        if max_delta is None or n > max_steps: break
+        todo = todo[(error > max_delta*difference[todo].abs().clamp(min=floor)).cpu()]
+    return relevance, difference, score, steps
+
+# %% ../../nbs/32_attribution_gradient.ipynb #0883b53a
 def intgrad(
     model,
     x,              # (n, c, h, w)
     target=1,
     baselines=None, # None (black) or (k, c, h, w): their mean is the baseline
-    n_steps=50,     # points on the line (captum's and the paper's number)
-    max_delta=.01,  # double the points of an image until |delta| is below this share of the difference; None: never
+    n_steps=None,   # points on the line, Gauss-Legendre (the paper's number and captum's: 50); None: as many as it needs, where it needs them
+    max_delta=.01,  # more points until |delta| is below this share of the difference; None: never (with n_steps)
     max_steps=200,  # but no more points than this
     floor=1.,       # a difference smaller than this (in units of the score) counts as this large
     batch=8,
 ):
-    "Integrated gradients, Gauss-Legendre points (doi:10.48550/arXiv.1703.01365). `details['steps']`: points used for each image."
-    forward = lambda x: score_of(model(x), target)
-    b = mean_baseline(baselines, x)
+    "Integrated gradients (doi:10.48550/arXiv.1703.01365). `details['steps']`: points used for each image. Raises InputError where neither a number of points nor a delta is given."
+    if n_steps is None and max_delta is None: raise InputError('max_delta', 'without it the number of points must be given', 'give n_steps, e.g. 50')
+    b, forward = mean_baseline(baselines, x), lambda x: score_of(model(x), target)
     def part(x, first):
-        with torch.no_grad(): score = forward(x)
-        difference = score - below
-        relevance, steps = torch.zeros_like(x), np.zeros(len(x), int)
-        todo, n = torch.arange(len(x)), n_steps
-        while len(todo):
-            relevance[todo] = IntegratedGradients(forward).attribute(x[todo], b, n_steps=n, internal_batch_size=max(batch, len(todo))).detach().to(x.dtype)
-            steps[todo.numpy()] = n
-            error = (relevance[todo].flatten(1).sum(1) - difference[todo]).abs()
-            n *= 2
-            if max_delta is None or n > max_steps: break
-            todo = todo[(error > max_delta*difference[todo].abs().clamp(min=floor)).cpu()]
-        return relevance, difference, score, dict(steps=steps)
-    with untouched(model):
-        with torch.no_grad(): below = forward(b)
-        return in_chunks(part, x, 'intgrad', batch)
+        found = _where_it_bends(forward, x, b, max_delta, max_steps, floor, batch) if n_steps is None else _evenly(forward, x, b, n_steps, max_delta, max_steps, floor, batch)
+        return *found[:3], dict(steps=found[3])
+    with untouched(model): return in_chunks(part, x, 'intgrad', batch)
 
 # %% ../../nbs/32_attribution_gradient.ipynb #2ca64e26
 def _draws(x, b, n, stdev, seed):
