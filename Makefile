@@ -6,7 +6,11 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_EXTRA ?= $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# The lock with checksums holds on Linux (x86-64, glibc) with Python 3.11 and the default index; elsewhere its versions are taken without them.
+LOCKED = $(if $(PIP_EXTRA),,$(shell $(PYTHON) -c 'import platform, sys; print("yes" if (sys.version_info[:2], sys.platform, platform.machine(), platform.libc_ver()[0]) == ((3, 11), "linux", "x86_64", "glibc") else "")'))
+
 BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 STAMP := .venv/.made-from-lock
 
 export PYTHONUNBUFFERED := 1
@@ -24,11 +28,24 @@ GUARD = $(if $(shell command -v flock 2>/dev/null),flock --nonblock --conflict-e
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(STAMP): settings.ini constraints.txt
+# What comes as source is built with the setuptools of the lock, which is there first, and not with one that pip fetches for the purpose.
+define FROM_LOCK
+sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/build.lock
+$(PIP) install --require-hashes --no-deps -r .venv/build.lock
+$(PIP) install --require-hashes --no-deps --no-build-isolation -r requirements.lock
+$(PIP) install --no-deps --no-build-isolation -e .
+$(BIN)/pip --disable-pip-version-check check
+endef
+define FROM_CONSTRAINTS
+echo 'requirements.lock has no checksums for this machine, Python or index: the versions come from constraints.txt, their files unchecked'
+$(PIP) install $(PIP_EXTRA) -c constraints.txt -e '.[dev]'
+endef
+
+$(STAMP): settings.ini constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$(PYTHON) is older than 3.11: name a newer one, e.g. make PYTHON=python3.12'; exit 2; }
-	@echo 'Setting up .venv from constraints.txt: about 6 GB and 2 to 10 minutes, only when settings.ini or constraints.txt change.'
+	@echo 'Setting up .venv: about 6 GB and 2 to 10 minutes, only when settings.ini or the locked versions change.'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_EXTRA) -c constraints.txt -e '.[dev]'
+	@$(if $(LOCKED),$(FROM_LOCK),$(FROM_CONSTRAINTS))
 	@touch $@
 
 test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: under 10 minutes

@@ -1,5 +1,6 @@
 # What is made from what. `make reproduce PROFILE=quick` runs it; each node is one notebook run by papermill.
 # A killed run goes on where it stopped: finished notebooks are kept, and a training inside one resumes from its checkpoint.
+# On a cluster: slurm/config.yaml.
 import sys
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def executed(stem):
 
 rule summary:
     input: [record(stem) for stem in NOTEBOOKS]
-    output: f'{RUN}/published_vs_reproduced.csv', f'{RUN}/report.html'
+    output: f'{RUN}/published_vs_reproduced.csv', f'{RUN}/report.html', f'{RUN}/hashes.csv'
     message: 'published_vs_reproduced'
+    localrule: True
     shell: f'{sys.executable} -m crackxai.reproduce --collect --profile {PROFILE}'
 
 
@@ -66,6 +68,6 @@ for stem, needs in NOTEBOOKS.items():
             notebook=executed(stem),
             record=record(stem),
         params: stem=stem
-        threads: workflow.cores  # one notebook at a time: each uses all cores
+        threads: workflow.cores  # one notebook at a time: each uses all cores; on a cluster as many as the profile's max-threads
         message: '{params.stem}'
         shell: f'{sys.executable} -m crackxai.reproduce {{params.stem}} --profile {PROFILE}'

@@ -184,7 +184,7 @@ def locate(paths, out, weights, workers, scheduler):
 def train():
     "Train networks on your own data."
 
-# %% ../nbs/80_cli.ipynb #9ac4237c
+# %% ../nbs/80_cli.ipynb #d9ebe2fe
 @train.command('surface')
 @click.option('--images', required=True, type=click.Path(), help='Folder that holds crack/ and intact/.')
 @click.option('--out', required=True, type=click.Path(), help='The .safetensors file to write; the report is written beside it.')
@@ -198,6 +198,7 @@ def train_surface_command(images, out, profile, group, seed):
     a mask: a classifier learns crack or intact, its explanations and the image make first masks, and a small network, the student, learns from them to draw.
     OUT works with `crackxai segment --weights OUT`; OUT without its ending + _report.html says how good it is and, if it is not good enough, what to add.
     Images of one photo must not be on both sides of a test: name the photo with --group. A call that was stopped goes on where it was.
+    On two GPUs: torchrun --nproc-per-node 2 --no-python crackxai train surface ...
 
     \b
     Example: crackxai train surface --images mywalls --out mywalls.safetensors --group "(.*)_"
@@ -207,24 +208,27 @@ def train_surface_command(images, out, profile, group, seed):
     from crackxai.pipeline import check_out
     from crackxai.report import training_page, write_page
     from crackxai.train_surface import PROFILES, read_folder, train_surface
-    out = Path(out)
+    from crackxai.training import devices
+    out, first = Path(out), devices()[0] == 0
+    say = click.echo if first else lambda *given, **more: None            # under torchrun the first process speaks and writes for all
     if out.suffix != '.safetensors': raise InputError('--out', f'{out.name} does not end in .safetensors', 'name the file, e.g. mywalls.safetensors')
     if out.is_dir() or not out.absolute().parent.is_dir(): raise InputError('--out', f'{out} cannot be written', 'name a file in a folder that exists')
     check_out(out.absolute().parent)
-    data = read_folder(images, group, PROFILES[profile]['size'], lambda files: tqdm(files, desc='reading', unit='image', disable=None))
+    data = read_folder(images, group, PROFILES[profile]['size'], lambda files: tqdm(files, desc='reading', unit='image', disable=None if first else True))
     failures = out.with_name(f'{out.stem}_failures.csv')
-    if data.failures: write_csv(failures, data.failures, ['file', 'reason'])
+    if not first: pass
+    elif data.failures: write_csv(failures, data.failures, ['file', 'reason'])
     else: failures.unlink(missing_ok=True)
-    for f in data.failures[:5]: click.echo(f'  left out: {f["reason"]}', err=True)
-    if len(data.failures) > 5: click.echo(f'  ... {len(data.failures) - 5} more in {failures}', err=True)
-    click.echo(f'{len(data)} images of {len(set(data.group))} photos (told apart by {data.grouped}), {data.cut} px shown at {data.images.shape[-1]}')
-    trained = train_surface(data, out, profile, seed, say=click.echo)
+    for f in data.failures[:5]: say(f'  left out: {f["reason"]}', err=True)
+    if len(data.failures) > 5: say(f'  ... {len(data.failures) - 5} more in {failures}', err=True)
+    say(f'{len(data)} images of {len(set(data.group))} photos (told apart by {data.grouped}), {data.cut} px shown at {data.images.shape[-1]}')
+    trained = train_surface(data, out, profile, seed, say=say)
     report = out.with_name(out.stem + '_report.html')
-    write_page(report, f'Training on {Path(images).resolve().name}', training_page(trained))
+    if first: write_page(report, f'Training on {Path(images).resolve().name}', training_page(trained))
     test = trained.scores['test']
-    click.echo(f'balanced accuracy on unseen photos {100*test["balanced_accuracy"]:.1f} % ({100*trained.interval[0]:.1f} to {100*trained.interval[1]:.1f}); {trained.facts["minutes"]:.1f} min')
-    for line in trained.advice: click.echo(f'  {line}', err=True)
-    click.echo(f'{out}, {report.name}')
+    say(f'balanced accuracy on unseen photos {100*test["balanced_accuracy"]:.1f} % ({100*trained.interval[0]:.1f} to {100*trained.interval[1]:.1f}); {trained.facts["minutes"]:.1f} min')
+    for line in trained.advice: say(f'  {line}', err=True)
+    say(f'{out}, {report.name}')
     if data.failures: sys.exit(3)
 
 # %% ../nbs/80_cli.ipynb #6a081402

@@ -218,13 +218,19 @@ def dilate(
             out[max(0, d):h + min(0, d)] |= wide[max(0, -d):h - max(0, d)]
     return out
 
-# %% ../nbs/40_morphology.ipynb #b9a4604a
+# %% ../nbs/40_morphology.ipynb #6e3261e3
 def close(
-    mask,  # (h, w) bool
-    size,  # of the elliptic kernel: 5 and 25 in the paper
+    mask,          # (h, w) bool
+    size,          # of the elliptic kernel: 5 and 25 in the paper
+    pixels=2**24,  # a larger picture is closed in bands, which takes less memory
 ):
     "Binary closing by OpenCV's ellipse, the outside never eroding the picture."
-    return ~dilate(~dilate(mask, size), size)
+    mask = np.asarray(mask, bool)
+    rows, out = max(pixels//max(1, mask.shape[1]), 4*size), np.empty_like(mask)
+    for a in range(0, len(mask), rows):
+        top = max(0, a - size)                      # a closing looks as far as the kernel is wide
+        out[a:a + rows] = ~dilate(~dilate(mask[top:a + rows + size], size), size)[a - top:][:rows]
+    return out
 
 # %% ../nbs/40_morphology.ipynb #6c46e925
 def open_area(

@@ -6,13 +6,13 @@
 __all__ = ['LARGEST', 'INTENDED', 'profile_parameters', 'check_parameters', 'tidy', 'find_notebook', 'run_notebook', 'collect',
            'model_card', 'render_readme', 'release', 'main']
 
-# %% ../nbs/82_reproduce.ipynb #3734cadf
+# %% ../nbs/82_reproduce.ipynb #dc0c51e6
 import argparse, base64, io, json, os, re, sys, time
 from pathlib import Path
 
 import yaml
 
-from .core import InputError, atomic_path, find_root
+from .core import InputError, atomic_path, find_root, remove_stale
 
 # %% ../nbs/82_reproduce.ipynb #714f6325
 def profile_parameters(
@@ -104,7 +104,7 @@ def find_notebook(
         if (folder/f'{stem}.ipynb').is_file(): return folder/f'{stem}.ipynb', stem.split('_')[0] if folder.name == 'papers' else folder.name
     raise InputError(stem, 'no such paper, benchmark or tutorial notebook', f'there are: {", ".join(p.stem for folder in folders for p in sorted(folder.glob("*.ipynb")))}')
 
-# %% ../nbs/82_reproduce.ipynb #b589839e
+# %% ../nbs/82_reproduce.ipynb #206e2461
 def run_notebook(
     stem,              # see `find_notebook`
     profile='quick',   # a tutorial has no parameters
@@ -119,6 +119,8 @@ def run_notebook(
     if given: check_parameters(source, given)
     target = root/'runs'/profile/folder/'run'/f'{stem}.ipynb'
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in [target.parents[1], *target.parents[1].rglob('*')]:
+        if left.is_dir(): remove_stale(left)                       # of a run that was killed
     try: papermill.execute_notebook(str(source), str(target), given, cwd=str(root), progress_bar=False, log_output=False, kernel_name='python3')
     finally:
         if target.is_file():

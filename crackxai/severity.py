@@ -6,19 +6,16 @@
 __all__ = ['MEASURES', 'max_width', 'width_published', 'length', 'Severity', 'severity', 'measures', 'errors_of',
            'severity_errors']
 
-# %% ../nbs/50_severity.ipynb #1b48f20d
+# %% ../nbs/50_severity.ipynb #689b18b2
 import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import ndimage
-from skimage.measure import EllipseModel, find_contours, profile_line
 from skimage.morphology import skeletonize
-from sklearn.cluster import KMeans
-from sklearn.metrics import pairwise_distances
 
 from .core import InputError
-from .morphology import open_area
+from .components import areas, components, painted
 
 # %% ../nbs/50_severity.ipynb #45bfb712
 def _joined(
@@ -83,13 +80,9 @@ def _widest(flat, at, offset, distance, best):
         at, k = at[on], k + 64
     return best
 
-# %% ../nbs/50_severity.ipynb #1c414147
-def max_width(
-    mask,  # (h, w) bool
-):
-    "Largest width [px] of anything in the mask. Raises InputError for an empty mask: no crack has no width."
-    mask = np.asarray(mask, bool)
-    if not mask.any(): raise InputError('mask', 'holds no crack, so a width has no meaning')
+# %% ../nbs/50_severity.ipynb #cbe51842
+def _width(mask):
+    "Largest width of a mask that holds something."
     padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), bool)
     padded[1:-1, 1:-1] = mask
     flat, width = padded.ravel(), padded.shape[1]
@@ -99,11 +92,28 @@ def max_width(
     for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)): best = _widest(flat, at, a*width*down + b*right, distance, best)
     return math.sqrt(best)
 
-# %% ../nbs/50_severity.ipynb #b7eebece
+# %% ../nbs/50_severity.ipynb #ce24aae2
+def max_width(
+    mask,  # (h, w) bool
+    pixels=2**23,  # in a band
+):
+    "Largest width [px] of anything in the mask. Raises InputError for an empty mask: no crack has no width."
+    mask = np.asarray(mask, bool)
+    if not mask.any(): raise InputError('mask', 'holds no crack, so a width has no meaning')
+    overlap = 128
+    while True:
+        rows = max(pixels//mask.shape[1], 2*overlap)
+        bands = [mask[t:t + rows] for t in range(0, max(1, len(mask) - overlap), rows - overlap)]
+        best = max(_width(band) for band in bands if band.any())
+        if len(bands) == 1 or best < overlap - 2: return best
+        overlap *= 4
+
+# %% ../nbs/50_severity.ipynb #070e15db
 def _corners(
     mask,  # (h, w) bool
 ):
     "Pixels where the first outline in the mask changes its direction: (k, 2) x, y."
+    from skimage.measure import find_contours       # here, as below: a second to load for what only the published width needs
     found = find_contours(np.pad(mask, 1).astype(float), .999, fully_connected='high')       # at .999 it runs through the crack's own pixels
     if not found: return np.zeros((0, 2))
     p = np.round(found[0]).astype(int)[:, ::-1] - 1
@@ -112,9 +122,11 @@ def _corners(
     step = np.roll(p, -1, 0) - p
     return p[(step != np.roll(step, 1, 0)).any(1)]
 
-# %% ../nbs/50_severity.ipynb #51c5ec59
+# %% ../nbs/50_severity.ipynb #3ad369e3
 def _centres(points, seed):
     "k-means centres; k grows from 2 until the smallest distance between two of them stops falling."
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances
     fit = lambda k: KMeans(k, n_init=1, random_state=seed).fit(points).cluster_centers_
     last = math.inf
     for k in range(2, len(points) + 1):
@@ -124,9 +136,10 @@ def _centres(points, seed):
         last = nearest
     return centres
 
-# %% ../nbs/50_severity.ipynb #13a2aab9
+# %% ../nbs/50_severity.ipynb #6af7e82e
 def _width_at(crack, y, x, w=20):
     "Length of the first run of crack along the short axis of the ellipse; 0 where the outline has too few corners for one."
+    from skimage.measure import EllipseModel, profile_line
     region = crack[max(0, y - w):y + w, max(0, x - w):x + w]
     corners = _corners(region)
     try: ellipse = EllipseModel.from_estimate(corners) if len(corners) >= 5 else None
@@ -165,6 +178,17 @@ def length(
     up = line[1:, :-1] & line[:-1, 1:] & ~line[1:, 1:] & ~line[:-1, :-1]
     return float(.948*straight + 1.340*(down.sum() + up.sum()))
 
+# %% ../nbs/50_severity.ipynb #ce9d4aa8
+def _large(mask, min_area):
+    "Mask of the cracks of at least some area, the part of the picture that holds them and a pixel around, their number and area."
+    ends, number, n = components(mask)
+    size = areas(ends, number, n)
+    keep = size >= min_area
+    if not keep.any(): return np.zeros(mask.shape, bool), np.s_[:0, :0], 0, 0
+    row, col = np.divmod(np.stack([ends[::2], ends[1::2] - 1])[:, keep[number]], mask.shape[1] + 1)
+    box = tuple(slice(max(0, at.min() - 1), at.max() + 2) for at in (row, col))
+    return mask if keep.all() else painted(mask.shape, ends, number, keep), box, int(keep.sum()), int(size[keep].sum())
+
 # %% ../nbs/50_severity.ipynb #42b85fa8
 @dataclass
 class Severity:
@@ -178,7 +202,7 @@ class Severity:
     length_mm: float | None
     def row(self): return asdict(self)
 
-# %% ../nbs/50_severity.ipynb #60ee3790
+# %% ../nbs/50_severity.ipynb #f4e2be09
 def severity(
     mask,            # (h, w) bool
     mm_per_px=None,  # scale of the image; without it the millimetres stay empty
@@ -186,16 +210,15 @@ def severity(
 ):
     "Number, area, largest width and length of the cracks (Forest 2024, section 4.3)."
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0): raise InputError('mm-per-px', f'{mm_per_px} is not a positive number')
-    mask = open_area(mask, min_area)
-    cracks, area, long = int(ndimage.label(mask, np.ones((3, 3)))[1]), int(mask.sum()), length(mask)
-    width = max_width(mask) if cracks else None
+    large, box, cracks, area = _large(np.asarray(mask, bool), min_area)
+    long, width = (length(large[box]), max_width(large[box])) if cracks else (0., None)
     times = lambda value, f: None if mm_per_px is None or value is None else value*f
     return Severity(cracks, area, times(area, (mm_per_px or 0)**2), width, times(width, mm_per_px), long, times(long, mm_per_px))
 
 # %% ../nbs/50_severity.ipynb #e7492b34
 MEASURES = ['cracks', 'area', 'width']
 
-# %% ../nbs/50_severity.ipynb #45227ac2
+# %% ../nbs/50_severity.ipynb #817a2d95
 def measures(
     masks,            # (n, h, w) bool
     width=max_width,  # of a mask with a crack: max_width or width_published
@@ -204,8 +227,7 @@ def measures(
     "Count, area [px²] and largest width [px] of each mask: (n, 3), nan for the width of a mask without a crack."
     rows = []
     for mask in np.asarray(masks, bool):
-        large = open_area(mask, min_area)
-        cracks = ndimage.label(large, np.ones((3, 3)))[1]
+        large, _, cracks, _ = _large(mask, min_area)
         rows.append((cracks, mask.sum(), width(large) if cracks else np.nan))
     return np.array(rows, float).reshape(-1, 3)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LabelledImages', 'one_bit', 'explanations', 'first_masks', 'witnesses', 'choose_gate', 'targets_of', 'teach']
 
-# %% ../nbs/68_student.ipynb #e9b8714a
+# %% ../nbs/68_student.ipynb #95bdceb0
 import hashlib, json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from .metrics import roc
 from .models.classify import predict, state_hash
 from .morphology import surest
 from .pipeline.surface import level_logit, tile_probability
+from .training import first_then_others
 from .training_segment import draw, soft_targets, train_segment, undo_dihedral
 
 # %% ../nbs/68_student.ipynb #316a02c4
@@ -140,7 +141,7 @@ def targets_of(
     picture[:good.sum()] = np.asarray(probability)[good]
     return np.concatenate([np.asarray(rows)[good], intact]).astype(int), soft_targets(picture)
 
-# %% ../nbs/68_student.ipynb #359c179b
+# %% ../nbs/68_student.ipynb #363f0bfa
 def teach(
     classifier,     # trained on the same one-bit labels
     train,          # LabelledImages
@@ -164,9 +165,10 @@ def teach(
     "Train students, one a round, each from the one before; returns them, the last one last, and a record with a row for each. Stopped, it goes on after the last whole epoch."
     _no_masks(train, valid)
     out = Path(out)
-    rows, maps = explanations(classifier, train, baselines, method, keep=out/'maps.npz')
+    with first_then_others():
+        rows, maps = explanations(classifier, train, baselines, method, keep=out/'maps.npz')
+        guess, students, record = first_masks(maps, train.images[rows], keep=out/'first.npz'), [], []
     if len(rows) < 2: raise InputError('classifier', f'recognises {len(rows)} cracked training tiles', 'train it longer or add images')
-    guess, students, record = first_masks(maps, train.images[rows], keep=out/'first.npz'), [], []
     crop = None if crop is None or crop >= train.images.shape[-1] else crop
     for k in range(rounds):
         used, targets = targets_of(train, rows, guess)

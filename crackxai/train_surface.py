@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'RECIPE', 'GATE', 'OneBitFolder', 'network_size', 'photo_of', 'read_folder', 'three_parts', 'advice',
            'Trained', 'train_surface']
 
-# %% ../nbs/69_train_surface.ipynb #bdc702e7
+# %% ../nbs/69_train_surface.ipynb #eb3ca6b4
 import re, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from .models.classify import predict, save_weights
 from .models.segment import SurfacePair
 from .pipeline.surface import Segmenter
 from .student import LabelledImages, teach
+from .training import first_then_others
 from .training_surface import damage_free, train_classifier
 
 # %% ../nbs/69_train_surface.ipynb #b6bcffd7
@@ -169,7 +170,7 @@ def _samples(segmenter, data, rows, n=6):
         out.append(dict(name=str(data.name[r]), label=int(data.label[r]), probability=s.probability, image=image, map=s.attribution, mask=s.mask))
     return out
 
-# %% ../nbs/69_train_surface.ipynb #2e9e0818
+# %% ../nbs/69_train_surface.ipynb #40ccf920
 def train_surface(
     data,               # OneBitFolder
     path,               # .safetensors to write
@@ -204,6 +205,7 @@ def train_surface(
     if student is not None: settings |= dict(method='student', gate=rounds[-1]['gate'], min_probability=rounds[-1]['min_probability'], close1=1, close2=1, min_area=max(1, round(50*(data.cut/data.images.shape[-1])**2)))
     facts = dict(profile=profile, seed=seed, intact=counts[0], cracked=counts[1], photos=photos, grouped=data.grouped, unreadable=len(data.failures), cut=data.cut, shown_at=int(data.images.shape[-1]),
                  train=len(train), valid=len(valid), test=len(test), minutes=(time.time() - started)/60)
-    save_weights(classifier if student is None else SurfacePair(classifier, student), path, half=True, data='own images, one-bit labels', seed=seed, segmenter=settings, trusted=not hints,
-                 balanced_accuracy=scores['test']['balanced_accuracy'], interval=list(interval), facts=facts)
+    with first_then_others() as rank:
+        if rank == 0: save_weights(classifier if student is None else SurfacePair(classifier, student), path, half=True, data='own images, one-bit labels', seed=seed, segmenter=settings,
+                                   trusted=not hints, balanced_accuracy=scores['test']['balanced_accuracy'], interval=list(interval), facts=facts)
     return Trained(path, scores, interval, hints, rounds, fitted['history'], _samples(Segmenter.load(path), data, test), facts)

@@ -1,4 +1,5 @@
-"settings.ini is the one place for requirements: the lock and the conda file must agree with it."
+"settings.ini is the one place for requirements: the lock, its checksums and the conda file must agree with it."
+import platform, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -34,6 +35,39 @@ def test_lock_is_exact_and_names_no_place():
     assert len(LOCK) == len(lock_lines())
     assert not [line for line in lock_lines() if any(mark in line for mark in ('@', '/', ';', '*'))]
     assert 'crackxai' not in LOCK
+
+
+def checksums():
+    "Per line `name==version` of requirements.lock its checksums."
+    text = '\n'.join(line for line in (ROOT/'requirements.lock').read_text().splitlines() if not line.startswith('#')).replace('\\\n', '')
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+
+
+def test_the_lock_has_checksums_of_every_version_and_of_nothing_else():
+    "pip installs with --require-hashes and --no-deps: what is not in the file, or is another file, is not installed."
+    found = checksums()
+    assert {canonicalize_name(line.partition('==')[0]): Version(line.partition('==')[2]) for line in found} == LOCK and len(found) == len(LOCK)
+    assert all(sums and all(re.fullmatch('--hash=sha256:[0-9a-f]{64}', s) for s in sums) for sums in found.values())
+    assert len(set(s for sums in found.values() for s in sums)) == sum(map(len, found.values()))
+    assert '://' not in (ROOT/'requirements.lock').read_text()
+
+
+def test_what_comes_as_source_is_built_with_the_locked_setuptools():
+    needed = [Requirement(r) for r in tomllib.loads((ROOT/'pyproject.toml').read_text())['build-system']['requires']]
+    assert all(r.specifier.contains(LOCK[canonicalize_name(r.name)]) for r in needed)
+    first = subprocess.run(['sed', '-n', r'/^setuptools==/,/[^\\]$/p', ROOT/'requirements.lock'], capture_output=True, text=True).stdout.replace('\\\n', '').split()
+    assert first == [line := f"setuptools=={LOCK['setuptools']}", *checksums()[line]]
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
+@pytest.mark.parametrize('given, says', [([], None), (['TORCH_INDEX=x'], 'constraints'), (['PIP_EXTRA=--pre'], 'constraints'), (['PYTHON=false'], 'constraints')])
+def test_set_up_checks_every_file_or_says_that_it_does_not(given, says):
+    "On another machine, with another Python or another index the versions are the same and a sentence says that nothing checks the files."
+    at_home = (sys.version_info[:2], sys.platform, platform.machine(), platform.libc_ver()[0]) == ((3, 11), 'linux', 'x86_64', 'glibc')
+    plan = subprocess.run(['make', '--dry-run', '--always-make', '.venv/.made-from-lock', *(given or [f'PYTHON={sys.executable}'])], cwd=ROOT, capture_output=True, text=True).stdout
+    installs = [line for line in plan.splitlines() if ' install ' in line]
+    if says is None and at_home: assert [line.split('-r ')[-1] for line in installs[:-1]] == ['.venv/build.lock', 'requirements.lock'] and all('--require-hashes --no-deps' in line for line in installs[:-1]) and '--no-deps' in installs[-1]
+    else: assert '-c constraints.txt' in ' '.join(installs) and 'their files unchecked' in plan and '--require-hashes' not in plan
 
 
 def test_conda_file_lists_the_same_packages():

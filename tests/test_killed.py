@@ -1,11 +1,13 @@
 "Killed without warning, and started again: the call finishes, does again only what was in flight, leaves nothing half-written, and gives what an uninterrupted one gives."
-import json, multiprocessing, os, signal, time
+import base64, json, multiprocessing, os, signal, subprocess, sys, time
+from pathlib import Path
 
-import numpy as np, pytest
+import nbformat, numpy as np, pytest
 from safetensors import safe_open
 
 from conftest import left_over, photo
 from crackxai.core import read_csv
+from crackxai.run_report import table_hashes
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='SIGKILL is of POSIX')
 FORKS = multiprocessing.get_context('forkserver')                  # torch is imported once, for all processes that will be killed
@@ -144,3 +146,61 @@ fetch('toy', {str(home)!r}, sets=dict(toy=DataSet('toy', 'x', None, 'CC0', tuple
     server.shutdown(); server.server_close()
     assert process.exitcode == 0 and asked == ['/a.bin', '/b.bin', '/b.bin']
     assert bytes_of(home).keys() == {'a.bin', 'b.bin', 'a.bin.sha256', 'b.bin.sha256'} and (home/'b.bin').read_bytes() == (site/'b.bin').read_bytes()
+
+
+# The real Snakefile with the options of `make reproduce`; the real training of three networks, as small as it gets, and a short notebook that needs it in place of the next one.
+SMALL = 'melching2022_10_train: {data: generated, size: 64, train_size: 48, features: 4, seeds: [0], epochs: 6, lr: 0.004, share: 0.05, valid_every: 10, ship_fields: 0}'
+NEXT = '''
+from crackxai.core import read_csv, run_folder, run_record, write_csv, write_json
+out = run_folder(profile, 'melching2022')
+write_csv(out/'melching2022_20_performance.csv', [{k: m[k] for k in ('recipe', 'hash')} for m in read_csv(out/'melching2022_10_train.csv')])
+write_json(out/'melching2022_20_performance.json', run_record('generated: toy', profile, [0], 0.))
+'''
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def reproduce(folder):
+    "Snakemake for the two notebooks in a checkout of its own, in a process group of its own."
+    if not folder.exists():
+        for name in ('profiles', 'papers'): (folder/'nbs'/name).mkdir(parents=True)
+        for name in ('Snakefile', 'settings.ini', 'data', 'nbs/papers/melching2022_10_train.ipynb'): (folder/name).symlink_to(ROOT/name)
+        cells = [nbformat.v4.new_code_cell("profile = 'paper'", metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(NEXT.strip())]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='p', language='python'))), folder/'nbs'/'papers'/'melching2022_20_performance.ipynb')
+        (folder/'nbs'/'profiles'/'small.yaml').write_text(SMALL)
+    options = ['--cores', '1', '--nolock', '--rerun-incomplete', '--keep-incomplete', '--quiet', 'host', 'reason', '--config', 'profile=small', '--', 'runs/small/melching2022/melching2022_20_performance.json']
+    return subprocess.Popen([sys.executable, '-m', 'snakemake', *options], cwd=folder, env=os.environ | dict(PYTHONWARNINGS='ignore'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finished(folder):
+    "Records of the notebooks that are done, with the time of their files."
+    in_flight = {base64.b64decode(p.name).decode() for p in (folder/'.snakemake'/'incomplete').glob('*') if p.is_file()}
+    return {p.name: p.stat().st_mtime_ns for p in (folder/'runs').rglob('melching2022_?0_*.json') if p.relative_to(folder).as_posix() not in in_flight}
+
+
+def test_reproduce_killed_three_times_gives_the_tables_of_an_uninterrupted_run(tmp_path):
+    "The whole process group of `make reproduce`'s Snakemake is killed, then started again: finished notebooks are kept, a training goes on from its checkpoint."
+    whole, out, rng, kept, killed = tmp_path/'whole', tmp_path/'out', np.random.default_rng(2), {}, 0
+    process, look = reproduce(whole), changes(whole/'runs')
+    while process.poll() is None: total = look(); time.sleep(.005)
+    assert process.returncode == 0 and total > 40, process.stderr.read()
+    for n in rng.integers(2, total//4, 3):
+        look = changes(out/'runs')
+        n, process, end = n + look(), reproduce(out), time.time() + 240
+        while look() < n and process.poll() is None and time.time() < end: time.sleep(.005)
+        time.sleep(rng.uniform(0, .3))
+        killed += process.poll() is None
+        try: os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+        process.wait()
+        now = finished(out)
+        assert kept.items() <= now.items()
+        kept = now
+    process = reproduce(out)
+    assert process.wait(240) == 0, process.stderr.read()
+    assert killed == 3 and kept.items() <= finished(out).items() and len(finished(out)) == 2
+    made = table_hashes(out/'runs'/'small')
+    assert made == table_hashes(whole/'runs'/'small') and len(made) == 2 and not left_over(out/'runs')
+    plain = [m['file'] for m in made if not m['left_out']]          # the training's table also holds its minutes
+    assert len(plain) == 1 and all((out/'runs'/'small'/f).read_bytes() == (whole/'runs'/'small'/f).read_bytes() for f in plain)
+    names = lambda folder: {p.relative_to(folder).as_posix() for p in (folder/'runs').rglob('*') if p.is_file()}
+    assert names(out) == names(whole)

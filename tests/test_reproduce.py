@@ -162,3 +162,31 @@ def test_tidy_where_the_home_folder_is_the_root_of_the_disk(tmp_path, monkeypatc
 def test_tidy_leaves_no_view_of_a_widget_without_its_state(tmp_path):
     nb = executed({'application/vnd.jupyter.widget-view+json': dict(model_id='1'), 'text/plain': 'Box()'})
     assert 'widget-view' not in json.dumps(tidy(nb, tmp_path))
+
+
+def test_two_runs_with_one_seed_have_one_hash_and_another_seed_another(small):
+    "`--collect` writes it to report.html and, for each table, to hashes.csv; times do not count."
+    import csv, re, shutil
+    code = '''
+import time
+import numpy as np, pandas as pd
+from crackxai.core import run_folder, run_record, write_json
+out, started = run_folder(profile, 'toy'), time.time()
+pd.DataFrame(dict(f1=np.random.default_rng(epochs).normal(size=5), training_seconds=time.time())).to_csv(out/'toy_10_fit.csv', index=False)
+pd.DataFrame([dict(paper='toy', row='a', quantity='f1', published=1., reproduced=2.)]).to_csv(out/'toy_10_fit_published.csv', index=False)
+(out/'toy_10_fit_none.csv').write_text('\\n')
+write_json(out/'toy_10_fit.json', run_record('generated: toy', profile, [epochs], started))
+'''
+    path = small/'nbs'/'papers'/'toy_10_fit.ipynb'
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].source = code.strip()
+    nbformat.write(nb, path)
+    said = []
+    for seed in (3, 3, 4):
+        quick(small, f'common: {{epochs: {seed}}}')
+        assert main(['toy_10_fit', '--profile', 'quick']) == main(['--collect', '--profile', 'quick']) == 0
+        with open(small/'runs'/'quick'/'hashes.csv') as f: each = {r['file']: r for r in csv.DictReader(f)}
+        said.append((re.search('[0-9a-f]{64}', (small/'runs'/'quick'/'report.html').read_text())[0], each['toy/toy_10_fit.csv']['sha256']))
+        shutil.rmtree(small/'runs')
+    assert said[0] == said[1] and not set(said[0]) & set(said[2])
+    assert set(each) == {'toy/toy_10_fit.csv', 'toy/toy_10_fit_published.csv', 'toy/toy_10_fit_none.csv'} and each['toy/toy_10_fit.csv']['left_out'] == 'training_seconds'

@@ -22,7 +22,7 @@ from ..core import InputError
 MAX_PIXELS = 400_000_000  # a picture that declares more is refused before it is decoded
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp'}
 
-# %% ../../nbs/10_data_surface.ipynb #61456f6f
+# %% ../../nbs/10_data_surface.ipynb #240cbbc6
 def _open(path):
     path = Path(path)
     if not path.exists(): raise InputError(path, 'no such file', 'check the name')
@@ -34,7 +34,8 @@ def _open(path):
         if image.width*image.height > MAX_PIXELS:
             raise InputError(path, f'declares {image.width} x {image.height} pixels, over {MAX_PIXELS//10**6} million', 'cut it into parts')
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except InputError: raise
     except UnidentifiedImageError: raise InputError(path, 'is not an image this program reads', 'use PNG, JPEG, TIFF, BMP or WebP') from None
     except PermissionError: raise InputError(path, 'may not be read', 'change its permissions') from None
@@ -51,17 +52,25 @@ def _grey_range(pixels, path):
     if pixels.min() < 0 or pixels.max() > 65535: raise InputError(path, 'greys are outside 0..65535', 'scale them to 16 bit')
     return (pixels/65535).astype(np.float32)
 
-# %% ../../nbs/10_data_surface.ipynb #e3624fe2
+# %% ../../nbs/10_data_surface.ipynb #52b3dd4c
 def read_image(
-    path,  # any image file Pillow reads
+    path,             # any image file Pillow reads
+    as_stored=False,  # 8-bit pictures stay uint8, a quarter of the memory
 ):
     "(3, h, w) float32 in 0..1. Transparent pixels are laid on white. Raises InputError naming the file."
     image = _open(path)
     if image.mode in ('I', 'I;16', 'I;16B', 'I;16L', 'F'): return np.repeat(_grey_range(np.asarray(image), path)[None], 3, 0)
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-    pixels = np.asarray(image.convert('RGB'), np.uint8)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)/255
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, 512):                 # by strips: Pillow hands out copies
+        strip = image.crop((0, top, image.width, min(top + 512, image.height)))
+        pixels[top:top + 512] = strip if strip.mode == 'RGB' else strip.convert('RGB')
+    pixels = pixels.transpose(2, 0, 1)
+    if as_stored: return pixels
+    values = pixels.astype(np.float32, order='C')
+    values /= 255
+    return values
 
 # %% ../../nbs/10_data_surface.ipynb #086ed189
 def read_mask(

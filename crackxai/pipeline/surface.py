@@ -6,7 +6,7 @@
 __all__ = ['SEVERITY_COLUMNS', 'blend_weights', 'Segmentation', 'Segmenter', 'level_logit', 'tile_probability', 'find_images',
            'overlay', 'segment_file', 'segment_work', 'segment_files']
 
-# %% ../../nbs/62_pipeline_surface.ipynb #6743d3ed
+# %% ../../nbs/62_pipeline_surface.ipynb #a46a1a22
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 from ..attribution import METHODS, attribute
 from ..core import InputError
 from ..data.surface import IMAGE_SUFFIXES, read_image, resize, tile_corners
-from ..models.classify import load_again, predict, weights_source
+from ..models.classify import for_inference, load_again, predict, weights_source
 from ..models.segment import load_surface
 from ..morphology import THRESHOLDS, clean, pieces, surest
 from .files import find_files, one_by_one, run_files, save_png
@@ -32,12 +32,12 @@ def blend_weights(
     w = np.sin(np.pi*(np.arange(size) + .5)/size)**2
     return np.outer(w, w)
 
-# %% ../../nbs/62_pipeline_surface.ipynb #ba6cfdc7
+# %% ../../nbs/62_pipeline_surface.ipynb #d5088062
 @dataclass
 class Segmentation:
     "What the chain says about one image."
     mask: np.ndarray         # (h, w) bool
-    attribution: np.ndarray  # (h, w) float32: relevance for 'crack', or the student's crack probability, blended over the tiles
+    attribution: np.ndarray  # (h, w) float32: relevance for 'crack', or the student's crack probability, blended over the tiles; None where it was not kept
     probability: float       # of a crack: the largest of all tiles
     severity: Severity
     tiles: list              # of dict: top, left, probability
@@ -50,16 +50,18 @@ def _padded(image, cut):
     pad = [(0, 0), (0, max(0, cut - h)), (0, max(0, cut - w))]
     return np.pad(image, pad, mode='symmetric') if any(b for _, b in pad) else image
 
-# %% ../../nbs/62_pipeline_surface.ipynb #093df40a
+# %% ../../nbs/62_pipeline_surface.ipynb #05882f49
 def _checked(image):
-    image = np.asarray(image, np.float32)
-    if image.ndim == 2: image = np.repeat(image[None], 3, 0)
+    image = np.asarray(image)
+    if image.dtype != np.uint8: image = image.astype(np.float32, copy=False)
+    if image.ndim == 2: image = np.broadcast_to(image, (3, *image.shape))
     if image.ndim != 3 or image.shape[0] != 3: raise InputError('image', f'shape {image.shape} is not (3, h, w)', 'put the colours first')
+    if image.dtype == np.uint8: return image
     if not np.isfinite(image).all(): raise InputError('image', 'holds NaN or infinite pixels', 'replace them before')
     if image.min() < 0 or image.max() > 1: raise InputError('image', f'pixels run from {image.min():.3g} to {image.max():.3g}', 'scale them to 0..1')
     return image
 
-# %% ../../nbs/62_pipeline_surface.ipynb #aa67efba
+# %% ../../nbs/62_pipeline_surface.ipynb #48f9d73c
 class Segmenter:
     "A trained classifier, an explanation method and the post-processing, ready for images of any size."
     def __init__(self,
@@ -82,6 +84,7 @@ class Segmenter:
         if method not in (*METHODS, 'student'): raise InputError('method', f'{method!r} is unknown', f'choose one of {", ".join([*METHODS, "student"][:None if student is not None else -1])}')
         if threshold not in THRESHOLDS: raise InputError('threshold', f'{threshold!r} is unknown', f'choose one of {", ".join(THRESHOLDS)}')
         self.model, self.method, self.threshold, self.morphology = model.eval(), method, threshold, morphology
+        self.fast = [for_inference(m) for m in (model, student)] if method == 'student' else None
         self.student, self.possible, self.gate = student.eval() if student is not None else None, possible, gate if method == 'student' else None
         self.card, self.source = {}, None
         self.sizes = dict(close1=close1, min_area=min_area, close2=close2)
@@ -139,44 +142,75 @@ def tile_probability(
     said = np.asarray(said, float)
     return expit(gate[0]*level_logit(said[:, 0]) + gate[1]*said[:, 1] + gate[2])
 
-# %% ../../nbs/62_pipeline_surface.ipynb #88a1b991
+# %% ../../nbs/62_pipeline_surface.ipynb #1c155b29
 def _drawn(self, tiles, logits):
     "What the student draws, in the tile's own pixels, and how probable a crack is: (n, h, w), (n,)."
-    values = draw(self.student, tiles, self.batch)
+    values = draw(self.fast[1], tiles, self.batch)
     if self.gate is None: return _fit(values, self.cut), expit(logits)
     area = self.sizes['min_area']*(tiles.shape[-1]/self.cut)**2
     return _fit(values, self.cut), tile_probability(np.stack([[surest(v, self.possible, area) for v in values], logits], 1), self.gate)
 
-# %% ../../nbs/62_pipeline_surface.ipynb #5be76ded
-def _segment(self, image, mm_per_px=None):
-    "Segment one image: (3, h, w) or (h, w) in 0..1. Returns a Segmentation."
+# %% ../../nbs/62_pipeline_surface.ipynb #291ea799
+class _Canvas:
+    "Weighted sums over the tiles for the rows they can still reach; what no later tile reaches is settled, and its sums are given up."
+    def __init__(self, shape, possible, keep):
+        self.possible, self.top, self.sums = possible, 0, np.zeros((3, 0, shape[1]), np.float32)      # weight, value, vote
+        self.above, self.voted = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.relevance = np.zeros(shape, np.float32) if keep else None
+    def reach(self, bottom):
+        "Room down to a row."
+        more = bottom - self.top - self.sums.shape[1]
+        if more > 0: self.sums = np.concatenate([self.sums, np.zeros((3, more, self.sums.shape[2]), np.float32)], 1)
+    def add(self, top, left, weight, value=None, vote=None):
+        for total, what in zip(self.sums, (1, value, vote)):
+            if what is not None: total[top - self.top:top - self.top + len(weight), left:left + weight.shape[1]] += weight*what
+    def settle(self, row):
+        "Decide all rows above this one."
+        at, (weight, value, vote) = slice(self.top, row), self.sums[:, :row - self.top]
+        relevance = value/weight
+        self.above[at], self.voted[at] = relevance > self.possible, vote > .5*weight
+        if self.relevance is not None: self.relevance[at] = relevance
+        self.top, self.sums = row, self.sums[:, row - self.top:].copy()
+
+# %% ../../nbs/62_pipeline_surface.ipynb #d743fa98
+def _tiles(image, part, cut, size):
+    "Tiles of an image at the network's size, 0..1."
+    tiles = torch.from_numpy(np.stack([image[:, t:t + cut, l:l + cut] for t, l in part]))
+    return resize(tiles.float().div_(255) if tiles.dtype == torch.uint8 else tiles, size)
+
+# %% ../../nbs/62_pipeline_surface.ipynb #735dc994
+def _segment(self,
+    image,           # (3, h, w) or (h, w), float in 0..1 or uint8
+    mm_per_px=None,
+    keep=True,       # the attribution as well; without it a large photo needs less memory
+):
+    "Segment one image. Returns a Segmentation."
     image = _checked(image)
     h, w = image.shape[1:]
     full = _padded(image, self.cut)
     corners = [(t, l) for t in tile_corners(full.shape[1], self.cut, self.stride) for l in tile_corners(full.shape[2], self.cut, self.stride)]
-    weight, size = blend_weights(self.cut), self.model.spec['image_size']
-    votes, relevance, total = (np.zeros(full.shape[1:], np.float32) for _ in range(3))
+    weight, canvas = blend_weights(self.cut), _Canvas(full.shape[1:], self.possible, keep)
     found, deltas = [], []
     for i in range(0, len(corners), 16*self.batch):
-        part = corners[i:i + 16*self.batch]
-        tiles = resize(torch.from_numpy(np.stack([full[:, t:t + self.cut, l:l + self.cut] for t, l in part])), size)
-        logits = predict(self.model, tiles, self.batch, logits=True)
+        part, later = corners[i:i + 16*self.batch], corners[i + 16*self.batch:i + 16*self.batch + 1]
+        tiles = _tiles(full, part, self.cut, self.model.spec['image_size'])
+        logits = predict(self.fast[0] if self.fast else self.model, tiles, self.batch, logits=True)
         if self.method == 'student':
             values, probability = _drawn(self, tiles, (logits[:, 1] - logits[:, 0]).numpy())
-            rows, masks = np.arange(len(part)), np.broadcast_to((probability >= self.min_probability)[:, None, None], values.shape)
+            rows, masks = np.arange(len(part)), probability >= self.min_probability
         else:
             probability = logits.softmax(1)[:, 1].numpy()
             rows, values, masks, delta = _explained(self, tiles, probability)
             deltas.extend(delta)
-        for (t, l), p in zip(part, probability):
-            total[t:t + self.cut, l:l + self.cut] += weight
+        drawn = {row: (v, m) for row, v, m in zip(rows, values, masks)}
+        canvas.reach(part[-1][0] + self.cut)
+        for row, ((t, l), p) in enumerate(zip(part, probability)):
+            canvas.add(t, l, weight, *drawn.get(row, ()))
             found.append(dict(top=t, left=l, probability=float(p)))
-        for row, v, m in zip(rows, values, masks):
-            t, l = part[row]
-            relevance[t:t + self.cut, l:l + self.cut] += weight*v
-            votes[t:t + self.cut, l:l + self.cut] += weight*m
-    relevance, mask = (relevance/total)[:h, :w], (votes > .5*total)[:h, :w]
-    if self.method == 'student': mask = pieces(relevance > self.possible, mask)
+        canvas.settle(later[0][0] if later else full.shape[1])
+    relevance, mask, above = canvas.relevance[:h, :w] if keep else None, canvas.voted[:h, :w], canvas.above[:h, :w]
+    if self.method == 'student': mask = pieces(above, mask)
+    del canvas, above                                                                   # a large photo needs the room
     mask = clean(mask, **self.sizes) if self.morphology and mask.any() else mask
     return Segmentation(mask, relevance, max(t['probability'] for t in found),
                         severity(mask, mm_per_px), found, float(np.median(deltas)) if deltas else float('nan'))
@@ -191,24 +225,29 @@ def find_images(
     "All image files, folders searched through; (path, None) or (path, reason) where one cannot be used."
     return find_files(paths, IMAGE_SUFFIXES, 'image')
 
-# %% ../../nbs/62_pipeline_surface.ipynb #f21e4161
+# %% ../../nbs/62_pipeline_surface.ipynb #bf4da976
 def overlay(
-    image,  # (3, h, w) in 0..1
+    image,  # (3, h, w), float in 0..1 or uint8
     mask,   # (h, w) bool
     colour=(.9, .1, .1),
     strength=.45,
 ):
     "The image with the mask tinted and outlined: (h, w, 3) uint8."
-    tint = np.asarray(colour)[:, None, None]
-    edge = mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=1)
-    alpha = np.where(edge, 1., np.where(mask, strength, 0.))
-    return ((image*(1 - alpha) + tint*alpha)*255).round().astype(np.uint8).transpose(1, 2, 0)
+    tint, out = np.asarray(colour)[:, None, None], np.empty((*mask.shape, 3), np.uint8)
+    for a in range(0, len(mask), 64):                      # by strips: the colours in between take eight bytes each
+        top, strip = max(0, a - 1), image[:, a:a + 64]
+        strip = strip.astype(np.float32)/255 if strip.dtype == np.uint8 else strip
+        near = mask[top:a + 65]
+        edge = (near & ~ndimage.binary_erosion(near, np.ones((3, 3)), border_value=1))[a - top:][:strip.shape[1]]
+        alpha = np.where(edge, 1., np.where(mask[a:a + 64], strength, 0.))
+        out[a:a + 64] = ((strip*(1 - alpha) + tint*alpha)*255).round().transpose(1, 2, 0)
+    return out
 
 # %% ../../nbs/62_pipeline_surface.ipynb #94f9a0cc
 SEVERITY_COLUMNS = ['file', 'crack_probability', 'cracks', 'area_px', 'area_mm2', 'max_width_px', 'max_width_mm', 'length_px', 'length_mm']
 _KINDS = 'mask', 'overlay'
 
-# %% ../../nbs/62_pipeline_surface.ipynb #fb426b69
+# %% ../../nbs/62_pipeline_surface.ipynb #2dc2614e
 def segment_file(
     segmenter,
     path,
@@ -218,10 +257,12 @@ def segment_file(
 ):
     "Segment one file and write its mask and overlay; returns its row for severity.csv."
     targets = [Path(out)/f'{stem or Path(path).stem}_{kind}.png' for kind in _KINDS]
-    image = read_image(path)
-    s = segmenter(image, mm_per_px)
+    image = read_image(path, as_stored=True)
+    s = segmenter(image, mm_per_px, keep=False)
+    pictures = [s.mask*np.uint8(255), overlay(image, s.mask)]
+    del image                                              # saving copies the overlay
     try:
-        for target, pixels in zip(targets, [(s.mask*255).astype(np.uint8), overlay(image, s.mask)]): save_png(pixels, target)
+        for target, pixels in zip(targets, pictures): save_png(pixels, target)
     except OSError:
         for target in targets: target.unlink(missing_ok=True)
         raise
