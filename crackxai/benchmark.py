@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAINS', 'race', 'agree', 'iou', 'ratio_row', 'limit_row', 'child', 'python_child', 'exponent', 'plain_epoch',
-           'training_race', 'product_rate', 'operations', 'ratio_bars', 'write_rows', 'told']
+           'convolution_seconds', 'training_race', 'product_rate', 'operations', 'ratio_bars', 'write_rows', 'told']
 
 # %% ../nbs/85_benchmark.ipynb #a67db138
 import json, os, subprocess, sys, time
@@ -139,7 +139,24 @@ def plain_epoch(
         total += value.item()*len(x); count += len(x)
     return total/count
 
-# %% ../nbs/85_benchmark.ipynb #e919a0cb
+# %% ../nbs/85_benchmark.ipynb #93df6df8
+def convolution_seconds(
+    model,     # in evaluation mode
+    x,         # (n, c, h, w)
+    repeats=5,
+):
+    "Seconds of the network's convolutions and linear layers alone, each on an input of its own size and layout: what is left where nothing else costs anything."
+    import torch
+    sizes, clock = [], time.process_time if x.device.type == 'cpu' else time.perf_counter
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear))]
+    handles = [m.register_forward_pre_hook(lambda m, inputs: sizes.append((m, inputs[0].clone()))) for m in layers]
+    with torch.inference_mode():
+        model(x)
+        for h in handles: h.remove()
+        def once(layer, given): start = clock(); layer(given); return clock() - start
+        return sum(np.median([once(*each) for _ in range(repeats + 1)][1:]) for each in sizes)
+
+# %% ../nbs/85_benchmark.ipynb #a58f6868
 def training_race(
     make,     # called without arguments: the network
     batches,  # list of (input, targets ...)
@@ -150,20 +167,19 @@ def training_race(
 ):
     "(seconds as of `race`, what was compared): an epoch of `fit`, with mixed precision where `fit` uses it, against `plain_epoch`."
     import torch
-    from crackxai.training import _epoch, fast_bfloat16
+    from crackxai.training import _epoch, made_ready
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    nets = []
-    for layout in (torch.channels_last, torch.contiguous_format):
-        torch.manual_seed(0)
-        net = make().to(device, memory_format=layout)
-        nets.append((net, torch.optim.Adam(net.parameters(), lr=lr)))
+    def new(): torch.manual_seed(0); return make()
+    mine, theirs = new(), new().to(device)
+    optimizer, mixed = made_ready(mine, device, lr=lr)
     plan = dict(seed=0, lr=lr, epochs=10**6, schedule='constant')
-    ours = lambda: _epoch(*nets[0], _Same(batches), loss, lambda m: {}, 0, plan, device, fast_bfloat16(device))['loss']
-    rival = lambda: plain_epoch(*nets[1], batches, loss, device)
+    ours = lambda: _epoch(mine, optimizer, _Same(batches), loss, lambda m: {}, 0, plan, device, mixed)['loss']
+    plain = torch.optim.Adam(theirs.parameters(), lr=lr)
+    rival = lambda: plain_epoch(theirs, plain, batches, loss, device)
     first = ours(), rival()
     if not abs(first[0] - first[1]) <= tolerance*abs(first[1]): raise InputError('training', f'losses {first[0]:.5g} and {first[1]:.5g} differ')
     seconds = race(ours, rival, repeats, time.process_time if device.type == 'cpu' else time.perf_counter, warm=False)
-    return seconds, f'loss of {len(batches)} updates: {first[0]:.4g} and {first[1]:.4g}{", mixed precision" if fast_bfloat16(device) else ""}'
+    return seconds, f'loss of {len(batches)} updates: {first[0]:.4g} and {first[1]:.4g}{", mixed precision" if mixed else ""}'
 
 # %% ../nbs/85_benchmark.ipynb #875fcdcf
 def product_rate(

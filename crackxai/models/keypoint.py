@@ -34,9 +34,10 @@ class SensorAttention(nn.Module):
         rows = x.permute(0, 2, 3, 1)
         return x + F.scaled_dot_product_attention(rows, rows, rows).permute(0, 3, 1, 2)
 
-# %% ../../nbs/23_models_keypoint.ipynb #3da61100
+# %% ../../nbs/23_models_keypoint.ipynb #8ad94bec
 class MicroCrackPointNet(nn.Module):
     "Waves to a box: (n, 4) x_min, y_min, x_max, y_max in 0..1 of the plate. Moreh 2024, section 3.2 and Fig. 1."
+    mixed = False      # see `training.made_ready`
     def __init__(self,
         steps=2000,     # time steps that come in
         sensors=9,      # along each side
@@ -78,9 +79,10 @@ class DenseLayer(nn.Module):
                                     nn.BatchNorm1d(4*growth), nn.ReLU(), nn.Conv1d(4*growth, growth, 3, padding=1, bias=False))
     def forward(self, x): return torch.cat([x, self.layers(x)], 1)
 
-# %% ../../nbs/23_models_keypoint.ipynb #0590e7af
+# %% ../../nbs/23_models_keypoint.ipynb #4520582f
 class DenseNet200E(nn.Module):
     "Waves to a map of cracked cells: logits (n, 16, 16), row = y, column = x."
+    mixed = channels_last = False      # see `training.made_ready`
     def __init__(self,
         steps=2000,
         sensors=9,
