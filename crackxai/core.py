@@ -6,8 +6,8 @@
 __all__ = ['InputError', 'find_root', 'find_data', 'weights_dir', 'run_folder', 'atomic_path', 'remove_stale', 'told',
            'check_npz', 'write_json', 'write_csv', 'read_csv', 'seed_everything', 'run_record']
 
-# %% ../nbs/00_core.ipynb #eac59cc3
-import csv, errno, io, json, os, platform, random, re, subprocess, sys, tempfile, time, zipfile
+# %% ../nbs/00_core.ipynb #b5941776
+import csv, errno, io, json, os, platform, random, re, subprocess, sys, tempfile, time, zipfile, zlib
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,7 +73,10 @@ def _about(error, path):
     if code is None or (named and Path(named).parent != path.parent): return error
     return OSError(code, os.strerror(code), str(path))
 
-# %% ../nbs/00_core.ipynb #0770ce13
+# %% ../nbs/00_core.ipynb #9701e956
+_HOST = f'{zlib.crc32(platform.node().encode()):08x}x'      # of this machine, in the names of temporary files
+
+# %% ../nbs/00_core.ipynb #4cb0a492
 @contextmanager
 def atomic_path(
     path,  # the final file
@@ -82,7 +85,7 @@ def atomic_path(
     path, name = Path(path), None
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle, name = tempfile.mkstemp(prefix=f'.{path.stem[:40]}-{os.getpid()}-', suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f'.{path.stem[:40]}-{_HOST}{os.getpid()}-', suffix=path.suffix, dir=path.parent)
         os.close(handle)
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())
@@ -97,9 +100,9 @@ def _umask():
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #0d425806
+# %% ../nbs/00_core.ipynb #80662414
 _STARTED = time.time()
-_TEMPORARY = re.compile(r'\..*-(\d+)-[a-z0-9_]{8}(\.\w*)?')
+_TEMPORARY = re.compile(rf'\..*-{_HOST}(\d+)-[a-z0-9_]{{8}}(\.\w*)?')
 
 # %% ../nbs/00_core.ipynb #84c42fbf
 def _alive(pid):

@@ -94,11 +94,12 @@ def tidy(
         if cell['cell_type'] == 'code': cell['outputs'] = [o for o in map(_static, cell['outputs']) if o]
     return _fewer_colours(nb) if len(json.dumps(nb)) > LARGEST else nb
 
-# %% ../nbs/82_reproduce.ipynb #d7e6d88a
+# %% ../nbs/82_reproduce.ipynb #7fc03a98
 def find_notebook(
-    stem,  # of a notebook in nbs/papers, nbs/benchmarks or nbs/tutorials
+    stem,  # of a notebook in nbs/papers, nbs/benchmarks or nbs/tutorials, or inspect
 ):
     "Its path and the folder of its results in a run: the paper's name, benchmarks or tutorials. Raises InputError that lists the notebooks."
+    if stem == 'inspect': return find_root()/'nbs'/'inspect.ipynb', 'tutorials'
     folders = [find_root()/'nbs'/kind for kind in ('papers', 'benchmarks', 'tutorials')]
     for folder in folders:
         if (folder/f'{stem}.ipynb').is_file(): return folder/f'{stem}.ipynb', stem.split('_')[0] if folder.name == 'papers' else folder.name
@@ -269,11 +270,11 @@ def release(
     with atomic_path(root/'README.md') as p: p.write_text(text, encoding='utf-8')
     return done
 
-# %% ../nbs/82_reproduce.ipynb #19259089
+# %% ../nbs/82_reproduce.ipynb #ddfcb635
 def main(arguments=None):
     "python -m crackxai.reproduce STEM --profile P | --collect --profile P | [STEM] --release --profile P"
     parser = argparse.ArgumentParser(prog='python -m crackxai.reproduce', description='Run a paper or benchmark notebook with a profile, or collect the results.')
-    parser.add_argument('stem', nargs='?', help='notebook in nbs/papers, nbs/benchmarks or nbs/tutorials, without .ipynb')
+    parser.add_argument('stem', nargs='?', help='notebook in nbs/papers, nbs/benchmarks or nbs/tutorials, without .ipynb; or inspect')
     parser.add_argument('--profile', default='quick', help='quick, cpu or paper')
     parser.add_argument('--collect', action='store_true', help='join the comparisons into published_vs_reproduced.csv and write report.html')
     parser.add_argument('--release', action='store_true', help='copy the run to figures/ and data/weights/, render README.md; with a notebook, only the folder of its results')

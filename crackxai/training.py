@@ -23,7 +23,7 @@ def _flatten(optimizer):
     "Optimiser state as named tensors."
     return {f'{i}/{key}': torch.as_tensor(value).detach().clone() for i, state in optimizer.state_dict()['state'].items() for key, value in state.items()}
 
-# %% ../nbs/25_training.ipynb #e34962cc
+# %% ../nbs/25_training.ipynb #8f2cd5d7
 def _unflatten(optimizer, tensors):
     "Named tensors back into the optimiser."
     state = optimizer.state_dict()
@@ -31,6 +31,8 @@ def _unflatten(optimizer, tensors):
         i, key = name.split('/')
         state['state'].setdefault(int(i), {})[key] = value
     optimizer.load_state_dict(state)
+    for p, kept in optimizer.state.items():               # in the order in memory of their parameter: the fused update goes by that
+        kept.update({key: torch.empty_like(p).copy_(value) for key, value in kept.items() if value.shape == p.shape and p.ndim})
 
 # %% ../nbs/25_training.ipynb #bba30e74
 def _save(path, **parts):
