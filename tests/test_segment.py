@@ -224,9 +224,9 @@ def test_a_full_disk_costs_the_photo_and_leaves_no_half_of_it(run, tiny_weights,
 @pytest.mark.parametrize('error', [RuntimeError('not enough memory: you tried to allocate 9 bytes'), ValueError('odd\nvalue'), MemoryError()], ids=lambda e: type(e).__name__)
 def test_an_unforeseen_error_costs_one_photo_not_the_run(run, tiny_weights, tmp_path, monkeypatch, error):
     read = surface.read_image
-    def odd(path):
+    def odd(path, **how):
         if path.name == 'a.png': raise error
-        return read(path)
+        return read(path, **how)
     monkeypatch.setattr(surface, 'read_image', odd)
     photo(tmp_path/'in'/'a.png'); photo(tmp_path/'in'/'b.png')
     assert run('segment', tmp_path/'in', '--out', tmp_path/'out', '--weights', tiny_weights.plain).code == 3
@@ -236,9 +236,9 @@ def test_an_unforeseen_error_costs_one_photo_not_the_run(run, tiny_weights, tmp_
 
 def test_stopped_by_hand_keeps_what_is_done(run, tiny_weights, tmp_path, monkeypatch):
     read = surface.read_image
-    def stop(path):
+    def stop(path, **how):
         if path.name == 'b.png': raise KeyboardInterrupt
-        return read(path)
+        return read(path, **how)
     monkeypatch.setattr(surface, 'read_image', stop)
     for name in 'abc': photo(tmp_path/'in'/f'{name}.png')
     assert run('segment', tmp_path/'in', '--out', tmp_path/'out', '--weights', tiny_weights.plain).code == 130
