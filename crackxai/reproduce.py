@@ -247,16 +247,25 @@ def _released(relative):
     "Is a file of a run part of the release: figures, tables, records and executed notebooks, not counts, checkpoints or predictions."
     return relative.suffix in {'.png', '.csv', '.json', '.ipynb', '.gif'} and (len(relative.parts) == 2 or relative.parts[1] == 'run')
 
-# %% ../nbs/82_reproduce.ipynb #ca362970
+# %% ../nbs/82_reproduce.ipynb #118d80b1
+def _whole(path):
+    "Whether an executed notebook was run to its end without an error."
+    cells = [c for c in json.loads(Path(path).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+    return all(c['execution_count'] and not any(o['output_type'] == 'error' for o in c['outputs']) for c in cells)
+
+# %% ../nbs/82_reproduce.ipynb #57777539
 def release(
     profile='cpu',
     part='*',  # a paper's folder, or benchmarks; default: all of them
 ):
-    "Copy a run's figures, tables, executed notebooks and weights into the checkout and render README.md; returns the files written."
+    "Copy a run's figures, tables, executed notebooks and weights into the checkout and render README.md; returns the files written. What belongs to a notebook that was not run to its end is left out."
     import shutil
     root = find_root()
     run, done = root/'runs'/profile, []
     copies = [(f, root/'figures'/f.relative_to(run)) for f in sorted(run.glob(f'{part}/**/*')) if f.is_file() and _released(f.relative_to(run))]
+    unfinished = tuple(f.stem for f in sorted(run.glob(f'{part}/run/*.ipynb')) if not _whole(f))
+    if unfinished: print('left out, not run to the end:', ', '.join(unfinished))
+    copies = [(f, target) for f, target in copies if not (unfinished and f.name.startswith(unfinished))]
     with_student = {f.name for f in run.glob('*/weights/*.safetensors')}                # these hold the classifier of that name, too
     alone = [f for f in sorted(run.glob(f'{part}/classifier/*.safetensors')) if not f.stem.startswith('fold') and f.name not in with_student]
     copies += [(f, root/'data'/'weights'/f.name) for f in [*alone, *sorted(run.glob(f'{part}/weights/*.safetensors'))]]
