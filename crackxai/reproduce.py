@@ -6,8 +6,8 @@
 __all__ = ['LARGEST', 'INTENDED', 'profile_parameters', 'check_parameters', 'tidy', 'find_notebook', 'run_notebook', 'collect',
            'model_card', 'render_readme', 'release', 'main']
 
-# %% ../nbs/82_reproduce.ipynb #dc0c51e6
-import argparse, base64, io, json, os, re, sys, time
+# %% ../nbs/82_reproduce.ipynb #d0a3c985
+import argparse, base64, io, json, os, re, sys, tempfile, time
 from pathlib import Path
 
 import yaml
@@ -51,7 +51,7 @@ def check_parameters(
         if not isinstance(value, kind) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise InputError(name, f'{value!r} is a {type(value).__name__}, {Path(notebook).stem} needs a {type(default).__name__}')
 
-# %% ../nbs/82_reproduce.ipynb #07e95ca0
+# %% ../nbs/82_reproduce.ipynb #ee381b5d
 def _without_paths(node, root):
     "Strings of a notebook with the machine's own folders replaced; pictures are left alone."
     if isinstance(node, dict): return {k: v if k.startswith('image/') else _without_paths(v, root) for k, v in node.items()}
@@ -59,7 +59,7 @@ def _without_paths(node, root):
     if not isinstance(node, str): return node
     for folder, name in [(str(root), '.'), (sys.prefix, '.venv'), (str(Path.home()), '~')]:
         if len(folder) > 1: node = re.sub(re.escape(folder) + r'(?=/|$|\W)', lambda m: name, node)
-    return node
+    return re.sub(re.escape(tempfile.gettempdir()) + r'/tmp\w{8}(?=/|$|\W)', 'TEMPORARY', node)
 
 # %% ../nbs/82_reproduce.ipynb #1f7a1d18
 def _static(output):
