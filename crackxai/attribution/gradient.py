@@ -49,34 +49,34 @@ def _trapezia(t, score, slope):
     weight[order[:-1]] += h/2; weight[order[1:]] += h/2
     return weight, h*(slope[order[1:]] + slope[order[:-1]])/2 - np.diff(score[order]), t[order[:-1]] + h/2
 
-# %% ../../nbs/32_attribution_gradient.ipynb #b5475ed3
-def _where_it_bends(forward, x, b, max_delta, max_steps, floor, batch, first=8, more=4):
-    "Path integral of the gradient with points where they are needed: relevance, difference, score, number of points."
+# %% ../../nbs/32_attribution_gradient.ipynb #8e92042e
+def _where_it_bends(forward, x, b, start, max_delta, max_steps, floor, batch, first=8, more=4):
+    "Path integral of the gradient with points where they are needed: relevance, difference, score, number of points. `start`: score and gradient at b."
     n, step = len(x), x - b
-    points, relevance = [([0.], [0.], [0.], []) for _ in range(n)], torch.zeros_like(x)
-    (below,), ground = _along(forward, x, b, [(0, 0.)], batch)
-    for i, (_, score, slope, grads) in enumerate(points): score[0], slope[0] = below.item(), (ground[0]*step[i]).sum(dtype=torch.float64).item(); grads.append(ground[0])
+    points, relevance = [([], [], [], []) for _ in range(n)], torch.zeros_like(x)        # places, scores, slopes, gradients
+    def keep(i, t, score, gradient):
+        for known, value in zip(points[i], (t, score.item(), (gradient*step[i]).sum(dtype=torch.float64).item(), gradient)): known.append(value)
+    for i in range(n): keep(i, 0., *start)
     todo = {i: np.linspace(0, 1, first + 1)[1:] for i in range(n)}
     while todo:
         places = [(i, t) for i, new in todo.items() for t in new]
-        for (i, at), f, g in zip(places, *_along(forward, x, b, places, batch)):
-            for known, value in zip(points[i], (at, f.item(), (g*step[i]).sum(dtype=torch.float64).item(), g)): known.append(value)
+        for (i, t), score, gradient in zip(places, *_along(forward, x, b, places, batch)): keep(i, t, score, gradient)
         for i in list(todo):
             t, score, slope = map(np.array, points[i][:3])
             weight, error, middle = _trapezia(t, score, slope)
-            allowed = max_delta*max(abs(score[t.argmax()] - score[0]), floor)
+            allowed = max_delta*max(abs(score[first] - score[0]), floor)             # score[first]: at the image itself
             if (abs(error.sum()) <= allowed and np.abs(error).sum() <= 10*allowed) or len(t) + more > max_steps:
                 relevance[i] = torch.tensordot(torch.as_tensor(weight, dtype=x.dtype, device=x.device), torch.stack(points[i][3]), 1)*step[i]
                 points[i][3].clear(); del todo[i]
             else: todo[i] = middle[np.argsort(-np.abs(error), kind='stable')[:more]]
-    score = torch.tensor([p[1][p[0].index(1.)] for p in points])
-    return relevance, score - below.cpu(), score, np.array([len(p[0]) for p in points])
+    score = torch.tensor([p[1][first] for p in points])
+    return relevance, score - start[0].cpu(), score, np.array([len(p[0]) for p in points])
 
-# %% ../../nbs/32_attribution_gradient.ipynb #d9d3a32d
-def _evenly(forward, x, b, n_steps, max_delta, max_steps, floor, batch):
-    "The same with a number of points that is doubled where the sum does not hold."
+# %% ../../nbs/32_attribution_gradient.ipynb #3f24bf6b
+def _evenly(forward, x, b, below, n_steps, max_delta, max_steps, floor, batch):
+    "The same with a number of points that is doubled where the sum does not hold. `below`: score at b."
     from captum.attr import IntegratedGradients      # here: slow to load
-    with torch.no_grad(): score, below = forward(x), forward(b)
+    with torch.no_grad(): score = forward(x)
     difference = score - below
     relevance, steps = torch.zeros_like(x), np.zeros(len(x), int)
     todo, n = torch.arange(len(x)), n_steps
@@ -89,7 +89,7 @@ def _evenly(forward, x, b, n_steps, max_delta, max_steps, floor, batch):
         todo = todo[(error > max_delta*difference[todo].abs().clamp(min=floor)).cpu()]
     return relevance, difference, score, steps
 
-# %% ../../nbs/32_attribution_gradient.ipynb #0883b53a
+# %% ../../nbs/32_attribution_gradient.ipynb #37251cef
 def intgrad(
     model,
     x,              # (n, c, h, w)
@@ -105,9 +105,11 @@ def intgrad(
     if n_steps is None and max_delta is None: raise InputError('max_delta', 'without it the number of points must be given', 'give n_steps, e.g. 50')
     b, forward = mean_baseline(baselines, x), lambda x: score_of(model(x), target)
     def part(x, first):
-        found = _where_it_bends(forward, x, b, max_delta, max_steps, floor, batch) if n_steps is None else _evenly(forward, x, b, n_steps, max_delta, max_steps, floor, batch)
+        found = _where_it_bends(forward, x, b, start, max_delta, max_steps, floor, batch) if n_steps is None else _evenly(forward, x, b, start[0], n_steps, max_delta, max_steps, floor, batch)
         return *found[:3], dict(steps=found[3])
-    with untouched(model): return in_chunks(part, x, 'intgrad', batch)
+    with untouched(model):
+        start = [part[0] for part in _along(forward, x, b, [(0, 0.)], batch)] if len(x) else None      # once, not for each batch
+        return in_chunks(part, x, 'intgrad', batch)
 
 # %% ../../nbs/32_attribution_gradient.ipynb #2ca64e26
 def _draws(x, b, n, stdev, seed):
