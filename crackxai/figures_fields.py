@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['show_field', 'show_attention', 'mark_tip', 'show_network', 'growth_boxes', 'show_plate', 'show_sensors']
 
-# %% ../nbs/73_figures_fields.ipynb #0bc04a0c
+# %% ../nbs/73_figures_fields.ipynb #d6255cc0
 import numpy as np
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from .figures import COLOURS
 
@@ -16,14 +17,14 @@ def _view(ax, side, title, axes=True):
     ax.set_title(title, fontsize=8); ax.set_xlim(0, side); ax.set_ylim(-side/2, side/2); ax.set_aspect('equal')
     if not axes: ax.set_xticks([]); ax.set_yticks([])
 
-# %% ../nbs/73_figures_fields.ipynb #96360cdc
+# %% ../nbs/73_figures_fields.ipynb #a6518a97
 def show_field(
     ax,
     values,           # (h, w), row 0 at the lowest y
     field_of_view_mm,
     title='',
     quantile=.01,     # beyond these the colour saturates
-    cmap='turbo',
+    cmap='viridis',
     axes=True,        # False: no ticks
 ):
     "One component of a field over x and y [mm]."
@@ -51,14 +52,16 @@ def show_attention(
     _view(ax, s, title, axes)
     return picture
 
-# %% ../nbs/73_figures_fields.ipynb #d0cc6f0e
+# %% ../nbs/73_figures_fields.ipynb #8e3c30c0
 def mark_tip(
     ax,
     tip_mm,  # x, y; nan: none
     **style,
 ):
-    "A cross at the tip."
-    if np.isfinite(tip_mm).all(): ax.plot(*tip_mm, **{**dict(marker='+', color='k', ms=7, mew=1.2, ls=''), **style})
+    "A cross at the tip, with a rim so that it stands out on light and dark."
+    style = dict(marker='+', color='k', ms=7, mew=1.2, ls='') | style
+    rim = withStroke(linewidth=style['mew'] + 1.2, foreground='0.15' if style['color'] == 'w' else 'w')
+    if np.isfinite(tip_mm).all(): ax.plot(*tip_mm, path_effects=[rim], **style)
 
 # %% ../nbs/73_figures_fields.ipynb #e297051d
 def show_network(

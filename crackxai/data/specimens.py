@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIMENS', 'LOADS', 'Specimen', 'feddersen', 'westergaard_row', 'Fields', 'fields', 'growth_series', 'fields_plain']
 
-# %% ../../nbs/14_data_specimens.ipynb #f5410933
+# %% ../../nbs/14_data_specimens.ipynb #ed365a04
 import math
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 
 from ..core import InputError
 from .dic import Interpolation
+from .fracture import plastic_radius
 
 # %% ../../nbs/14_data_specimens.ipynb #3441973d
 @dataclass(frozen=True)
@@ -150,11 +151,16 @@ def _test(rng, spec):
         np.array([rng.normal(0, .06)*scale, rng.normal(0, .25)*scale, rng.normal(0, 3e-4)]), rng.normal(0, 1e-6/scale, (2, 3)),
         scale*math.exp(rng.uniform(math.log(.01), math.log(.25))), rng.uniform(.01, .1), scale*rng.uniform([4.5e-4, 1e-4], [1.3e-3, 5e-4]))
 
-# %% ../../nbs/14_data_specimens.ipynb #f4dd20e3
+# %% ../../nbs/14_data_specimens.ipynb #2656a6c0
+def _zone(test, a, stress):
+    "By how much longer the plastic zone makes the crack seem at a stress [mm]."
+    return test.plastic*plastic_radius(feddersen(a, stress, test.spec.width), test.spec.strength)
+
+# %% ../../nbs/14_data_specimens.ipynb #e544fc83
 def _displacement(test, x, y, a, stress, load):
     "What a perfect measurement would show: (2, ...) [mm]. `stress` at maximum load [MPa], `load` as share of the maximum."
     straight, spec = y - test.y(x), test.spec
-    zone = test.plastic/(2*math.pi)*1000*(feddersen(a, stress, spec.width)/spec.strength)**2
+    zone = _zone(test, a, stress)
     def part(share, radius): return share*_elastic(spec, x, straight, min(a + radius, .49*spec.width) if a else 0, stress, test.k2, test.uniaxial)
     u = part(1, zone) if load == 1 else part(1, zone) - part(1 - load, zone*(1 - load)**2/4)
     shift_x, shift_y, turn = test.rigid*load
@@ -263,7 +269,7 @@ def _measure(rng, test, grid, view, a, stress, load, flaws, size, plain=False):
     u[:, row, column] += error*rng.uniform(.7, 1.3)
     return (_picture_plain if plain else _picture)(grid, lost.reshape(grid.shape), u, view, size).astype(np.float32)
 
-# %% ../../nbs/14_data_specimens.ipynb #2964d088
+# %% ../../nbs/14_data_specimens.ipynb #54e7ad4a
 @dataclass
 class Fields:
     "n generated fields and the truth about them."
@@ -276,6 +282,7 @@ class Fields:
     a_mm: np.ndarray              # (n,) half crack length, 0 without a crack
     load: np.ndarray              # (n,) share of the maximum load
     k_mpa: np.ndarray             # (n, 2) mode I and II stress intensity at this load [MPa sqrt m]
+    plastic_mm: np.ndarray        # (n,) by how much longer the plastic zone makes the crack seem at the maximum load
     specimen: np.ndarray          # (n,) name
     series: np.ndarray            # (n,) fields of one growing crack share a number
     def __len__(self): return len(self.displacement)
@@ -294,14 +301,14 @@ def _label(test, view, a, size):
     if (at >= 0).all() and (at <= size - 1).all(): label[tuple(np.rint(at).astype(int))], tip = 2, at
     return label, tip
 
-# %% ../../nbs/14_data_specimens.ipynb #78adc88b
+# %% ../../nbs/14_data_specimens.ipynb #c7cbe4d4
 def _record(rng, name, test, grid, view, a, stress, load, flaws, size, series, plain=False):
     "One field as a dict of the entries of `Fields`."
     label, tip = _label(test, view, a, size)
     k = load*feddersen(a, stress, test.spec.width)
     return dict(displacement=_measure(rng, test, grid, view, a, stress, load, flaws, size, plain), tip_px=tip,
         tip_mm=tip[::-1]*view.side/(size - 1) - [0, view.side/2], label=label, field_of_view_mm=float(view.side), origin_mm=(float(view.left), float(view.middle)),
-        a_mm=float(a), load=float(load), k_mpa=(k, test.k2*k), specimen=name, series=series)
+        a_mm=float(a), load=float(load), k_mpa=(k, test.k2*k), plastic_mm=_zone(test, a, stress), specimen=name, series=series)
 
 # %% ../../nbs/14_data_specimens.ipynb #13179e4c
 def _tip_view(rng, test, a, crop):
