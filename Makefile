@@ -51,7 +51,7 @@ $(STAMP): settings.ini constraints.txt requirements.lock
 test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: about 10 minutes
 	@echo 'Testing the notebooks'
 	@MPLBACKEND=Agg OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	@MPLBACKEND=Agg $(BIN)/pytest -q tests
+	@MPLBACKEND=Agg $(BIN)/pytest -q -n 2 --dist loadfile tests
 
 # No MPLBACKEND here: with it, executed notebooks hold no pictures.
 reproduce: $(STAMP) ## every paper notebook into runs/PROFILE/ (PROFILE=quick, cpu or paper); goes on where it stopped

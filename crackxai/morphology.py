@@ -15,54 +15,53 @@ import numba, numpy as np
 from .components import areas, components, holding, painted
 from .core import InputError
 
-# %% ../nbs/40_morphology.ipynb #ce68767e
+# %% ../nbs/40_morphology.ipynb #1d7505aa
 def min_max(
     values,  # (h, w)
 ):
     "Scaled to 0..1; a flat map becomes zeros. Raises InputError on NaN."
-    values = np.array(values, np.float64)
-    low, high = values.min(), values.max()
+    values = np.asarray(values)
+    low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low): raise InputError('attribution map', 'holds NaN or infinite values', 'look at the convergence delta and the input')
-    values -= low
+    values = np.subtract(values, low, dtype=np.float64)
     if high > low: values /= high - low
     return values
 
-# %% ../nbs/40_morphology.ipynb #278e164f
-@numba.njit(cache=True, nogil=True)
-def _passed(rest, t):
-    "Number and sum of the values up to t; the others move to the front of the array."
+# %% ../nbs/40_morphology.ipynb #e1f2c7fa
+@numba.njit(cache=True, nogil=True, fastmath={'reassoc', 'nsz'})
+def _below(values, t):
+    "Number and sum of the values up to t."
     k, total = 0, 0.
-    for i in range(len(rest)):
-        x, inside = rest[i], rest[i] <= t
-        rest[i - k] = x
-        total += x if inside else 0.
+    for i in range(len(values)):
+        inside = values[i] <= t
+        total += values[i] if inside else 0.
         k += inside
     return k, total
 
-# %% ../nbs/40_morphology.ipynb #cdb9c9f9
+# %% ../nbs/40_morphology.ipynb #19d3a2fc
 @numba.njit(cache=True, nogil=True)
-def _isodata(rest, tolerance):
-    "Threshold of values that it reorders."
-    n, total, k, low = len(rest), rest.sum(), 0, 0.
-    t, sign = total/n, 1
-    above = rest[rest > t]
-    if 0 < len(above) < n and (above.mean() + (total - above.sum())/(n - len(above)))/2 < t: sign, total = -1, -total; rest *= -1     # it falls: the mirror image rises
-    t *= sign
+def _isodata(values, tolerance):
+    "Threshold of values (n,). It only rises or only falls, so one side of the mean never changes sides again."
+    n, total = _below(values, np.inf)
+    t, rest, passed, low = total/n, values, 0, 0.
     while True:
-        more, by = _passed(rest[:n - k], t if sign > 0 else np.nextafter(t, -np.inf))      # a value on the threshold lies below it
-        k, low = k + more, low + by
-        if k == 0 or k == n: return t*sign
-        new = (low/k + (total - low)/(n - k))/2
-        if abs(new - t) < tolerance: return new*sign
+        more, by = _below(rest, t)
+        k, below = passed + more, low + by
+        if k == 0 or k == n: return t
+        new = (below/k + (total - below)/(n - k))/2
+        if abs(new - t) < tolerance: return new
+        if len(rest) == n:
+            if new > t: rest, passed, low = values[values > t], k, below
+            else: rest = values[values <= t]
         t = new
 
-# %% ../nbs/40_morphology.ipynb #3628f740
+# %% ../nbs/40_morphology.ipynb #0505d1a1
 def ridler_calvard(
     values,         # any shape, 0..1
     tolerance=1e-6,
 ):
     "The threshold of the isodata iteration, started at the mean."
-    return _isodata(np.array(values, np.float64).ravel(), tolerance)
+    return _isodata(np.asarray(values, np.float64).ravel(), tolerance)
 
 # %% ../nbs/40_morphology.ipynb #23c838f2
 def smaller_side(
