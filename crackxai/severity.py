@@ -6,8 +6,9 @@
 __all__ = ['MEASURES', 'max_width', 'width_published', 'length', 'Severity', 'severity', 'measures', 'errors_of',
            'severity_errors']
 
-# %% ../nbs/50_severity.ipynb #689b18b2
-import math
+# %% ../nbs/50_severity.ipynb #8f057503
+import math, threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,42 +18,45 @@ from skimage.morphology import skeletonize
 from .core import InputError
 from .components import areas, components, painted
 
-# %% ../nbs/50_severity.ipynb #45bfb712
+# %% ../nbs/50_severity.ipynb #44b911b4
 def _joined(
-    square,  # (n,) bool: a square of some side fits with its top left corner here
-    at,      # where it does
-    by,      # pixels to add to the side, at most the side
-    width,   # of a row
+    marks,  # (n,) uint8: from `level` on, a square of some side fits with its top left corner here
+    level,
+    at,     # where it does
+    by,     # pixels to add to the side, at most the side
+    width,  # of a row
 ):
     "Where the square still fits when it is larger: the old one fits at all four corners of the new one."
-    fits = lambda shift: square.take(at + shift, mode='clip')
+    fits = lambda shift: marks.take(at + shift, mode='clip') >= level
     return at[fits(by) & fits(by*width) & fits(by*(width + 1))]
 
-# %% ../nbs/50_severity.ipynb #7ef88517
-def _marked(at, n):
-    out = np.zeros(n, bool)
-    out[at] = True
-    return out
-
-# %% ../nbs/50_severity.ipynb #0f8c7db2
-def _largest_square(flat, width):
-    "Side of the largest square that fits, and the squares of sides 1, 2, 4 ... on the way: side -> (map, places)."
-    side, at = 1, np.flatnonzero(flat)
-    doubled = {1: (flat, at)}
-    while len(at := _joined(*doubled[side], side, width)): side *= 2; doubled[side] = _marked(at, len(flat)), at
+# %% ../nbs/50_severity.ipynb #52382d0d
+def _largest_square(
+    marks,  # (n,) uint8, 1 inside; is marked on
+    at,     # where it is 1
+    width,  # of a row
+):
+    "Side of the largest square that fits, and the squares of sides 1, 2, 4 ... on the way: side -> (level, places)."
+    side, level, doubled = 1, 1, {1: (1, at)}
+    def grown(square, by):
+        nonlocal level
+        at = _joined(marks, *square, by, width)
+        if len(at): level += 1; marks[at] = level
+        return level, at
+    while len((larger := grown(doubled[side], side))[1]): side *= 2; doubled[side] = larger
     square, step = doubled[side], side//2
     while step:
-        if len(at := _joined(*square, step, width)): side, square = side + step, (_marked(at, len(flat)), at)
+        if len((larger := grown(square, step))[1]): side, square = side + step, larger
         step //= 2
     return side, doubled
 
-# %% ../nbs/50_severity.ipynb #400762e3
-def _candidates(flat, width):
+# %% ../nbs/50_severity.ipynb #2546e351
+def _candidates(marks, at, width):
     "Lower bound of the width, half side of the square that fits around its disc's centre, and the pixels where such a square fits."
-    side, doubled = _largest_square(flat, width)
+    side, doubled = _largest_square(marks, at, width)
     half = math.isqrt((side*side - 1)//8)                # the disc holds a square of side 2*half + 1
     base = max(s for s in doubled if s <= 2*half + 1)
-    at = doubled[base][1] if base == 2*half + 1 else _joined(*doubled[base], 2*half + 1 - base, width)
+    at = doubled[base][1] if base == 2*half + 1 else _joined(marks, *doubled[base], 2*half + 1 - base, width)
     return side, half, at + half*(width + 1)
 
 # %% ../nbs/50_severity.ipynb #3a9821ce
@@ -80,16 +84,28 @@ def _widest(flat, at, offset, distance, best):
         at, k = at[on], k + 64
     return best
 
-# %% ../nbs/50_severity.ipynb #cbe51842
+# %% ../nbs/50_severity.ipynb #aa13c134
+_kept = threading.local()
+@contextmanager
+def _marks(at, n):
+    "A map (n,) uint8 that is 1 at some places. It is kept from call to call, since fresh memory costs more than all the rest."
+    marks = _kept.__dict__.pop('marks', ())
+    if len(marks) < n: marks = np.zeros(n, np.uint8)
+    marks[at] = 1
+    yield marks[:n]
+    marks[at] = 0
+    _kept.marks = marks
+
+# %% ../nbs/50_severity.ipynb #73e9f405
 def _width(mask):
     "Largest width of a mask that holds something."
-    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), bool)
-    padded[1:-1, 1:-1] = mask
-    flat, width = padded.ravel(), padded.shape[1]
-    side, half, at = _candidates(flat, width)
-    distance, down, right = _rings(side, half)
-    best = side*side
-    for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)): best = _widest(flat, at, a*width*down + b*right, distance, best)
+    at, (height, width) = np.flatnonzero(mask), np.add(mask.shape, 2)        # an empty row and column on every side
+    at += 2*(at//mask.shape[1]) + width + 1
+    with _marks(at, height*width) as marks:
+        side, half, middle = _candidates(marks, at, width)
+        distance, down, right = _rings(side, half)
+        best = side*side
+        for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)): best = _widest(marks, middle, a*width*down + b*right, distance, best)
     return math.sqrt(best)
 
 # %% ../nbs/50_severity.ipynb #ce24aae2
