@@ -6,8 +6,8 @@
 __all__ = ['InputError', 'find_root', 'find_data', 'weights_dir', 'run_folder', 'atomic_path', 'remove_stale', 'told',
            'check_npz', 'write_json', 'write_csv', 'read_csv', 'seed_everything', 'run_record']
 
-# %% ../nbs/00_core.ipynb #b5941776
-import csv, errno, io, json, os, platform, random, re, subprocess, sys, tempfile, time, zipfile, zlib
+# %% ../nbs/00_core.ipynb #485e1a69
+import csv, errno, json, os, platform, random, re, subprocess, sys, tempfile, time, zipfile, zlib
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -169,19 +169,18 @@ def write_json(
     "Write a JSON file in one step."
     with atomic_path(path) as p: p.write_text(json.dumps(_plain(record), indent=1, ensure_ascii=False) + '\n', encoding='utf-8', errors='backslashreplace')
 
-# %% ../nbs/00_core.ipynb #67e73457
+# %% ../nbs/00_core.ipynb #70247af3
 def write_csv(
     path,
-    rows,           # list of dicts
+    rows,           # list of dicts; or any iterable, if there are columns
     columns=None,   # default: the keys of the first row
 ):
     "Write a CSV file in one step; missing values are empty, floats keep six significant digits."
     columns = list(columns or (rows[0] if rows else []))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(columns)
-    for row in rows: writer.writerow([_cell(row.get(c)) for c in columns])
-    with atomic_path(path) as p: p.write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
+    with atomic_path(path) as p, open(p, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(columns)
+        for row in rows: writer.writerow([_cell(row.get(c)) for c in columns])
 
 # %% ../nbs/00_core.ipynb #86767f71
 def _cell(value):
