@@ -149,7 +149,7 @@ fetch('toy', {str(home)!r}, sets=dict(toy=DataSet('toy', 'x', None, 'CC0', tuple
 
 
 # The real Snakefile with the options of `make reproduce`; the real training of three networks, as small as it gets, and a short notebook that needs it in place of the next one.
-SMALL = 'melching2022_10_train: {data: generated, size: 64, train_size: 48, features: 4, seeds: [0], epochs: 6, lr: 0.004, share: 0.05, valid_every: 10, ship_fields: 0}'
+SMALL = 'melching2022_10_train: {data: generated, size: 64, train_size: 48, features: 4, seeds: [0], epochs: 6, lr: 0.004, share: 0.05, valid_every: 10, ship: false}'
 NEXT = '''
 from crackxai.core import read_csv, run_folder, run_record, write_csv, write_json
 out = run_folder(profile, 'melching2022')
