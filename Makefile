@@ -48,7 +48,7 @@ $(STAMP): settings.ini constraints.txt requirements.lock
 	@$(if $(LOCKED),$(FROM_LOCK),$(FROM_CONSTRAINTS))
 	@touch $@
 
-test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: about 10 minutes
+test: $(STAMP) ## the library notebooks (nbdev_test), then pytest: 5 to 10 minutes
 	@echo 'Testing the notebooks'
 	@MPLBACKEND=Agg OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	@MPLBACKEND=Agg $(BIN)/pytest -q -n 2 --dist loadfile tests
