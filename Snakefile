@@ -7,6 +7,8 @@ from pathlib import Path
 PROFILE = config.get('profile', 'quick')
 RUN = f'runs/{PROFILE}'
 PARAMETERS = f'nbs/profiles/{PROFILE}.yaml'
+# The quick profile's networks are too small for a second thread: as many notebooks at a time as there are cores. The others take one notebook at a time, on all cores.
+THREADS = 1 if PROFILE == 'quick' else workflow.cores
 
 # notebook: the notebooks whose results it needs
 NOTEBOOKS = {
@@ -68,6 +70,6 @@ for stem, needs in NOTEBOOKS.items():
             notebook=executed(stem),
             record=record(stem),
         params: stem=stem
-        threads: workflow.cores  # one notebook at a time: each uses all cores; on a cluster as many as the profile's max-threads
+        threads: THREADS         # on a cluster at most the profile's max-threads
         message: '{params.stem}'
-        shell: f'{sys.executable} -m crackxai.reproduce {{params.stem}} --profile {PROFILE}'
+        shell: f'OMP_NUM_THREADS={{threads}} MKL_NUM_THREADS={{threads}} OPENBLAS_NUM_THREADS={{threads}} {sys.executable} -m crackxai.reproduce {{params.stem}} --profile {PROFILE}'

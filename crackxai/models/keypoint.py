@@ -70,19 +70,18 @@ def parameters(model):
     fixed = sum(b.numel() for name, b in model.named_buffers() if not name.endswith('num_batches_tracked'))
     return dict(total=trainable + fixed, trainable=trainable, non_trainable=fixed)
 
-# %% ../../nbs/23_models_keypoint.ipynb #18bacd08
+# %% ../../nbs/23_models_keypoint.ipynb #e8d3bf54
 class DenseLayer(nn.Module):
-    "Normalise, bottleneck of four times the growth, convolve, append: (n, channels + growth, t)."
+    "Normalise, bottleneck of four times the growth, convolve, append: (n, channels + growth, 1, t)."
     def __init__(self, channels, growth):
         super().__init__()
-        self.layers = nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, 4*growth, 1, bias=False),
-                                    nn.BatchNorm1d(4*growth), nn.ReLU(), nn.Conv1d(4*growth, growth, 3, padding=1, bias=False))
+        self.layers = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 4*growth, 1, bias=False),
+                                    nn.BatchNorm2d(4*growth), nn.ReLU(), nn.Conv2d(4*growth, growth, (1, 3), padding=(0, 1), bias=False))
     def forward(self, x): return torch.cat([x, self.layers(x)], 1)
 
-# %% ../../nbs/23_models_keypoint.ipynb #4520582f
+# %% ../../nbs/23_models_keypoint.ipynb #067b72d5
 class DenseNet200E(nn.Module):
-    "Waves to a map of cracked cells: logits (n, 16, 16), row = y, column = x."
-    mixed = channels_last = False      # see `training.made_ready`
+    "Waves to a map of cracked cells: logits (n, 16, 16), row = y, column = x. Its series are pictures of one row, which a processor computes faster, channels last."
     def __init__(self,
         steps=2000,
         sensors=9,
@@ -94,17 +93,20 @@ class DenseNet200E(nn.Module):
     ):
         super().__init__()
         channels = 2*growth
-        layers = [nn.MaxPool1d(pool), nn.Conv1d(components*sensors**2, channels, 7, 2, 3), nn.MaxPool1d(2)]
+        layers = [nn.MaxPool2d((1, pool)), nn.Conv2d(components*sensors**2, channels, (1, 7), (1, 2), (0, 3)), nn.MaxPool2d((1, 2))]
         for i, n in enumerate(blocks):
-            if i: layers += [nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, channels//2, 1, bias=False), nn.AvgPool1d(2)]; channels //= 2
+            if i: layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels//2, 1, bias=False), nn.AvgPool2d((1, 2))]; channels //= 2
             layers += [DenseLayer(channels + j*growth, growth) for j in range(n)]
             channels += n*growth
         if steps//(4*pool*2**(len(blocks) - 1)) < 1: raise InputError('steps', f'{steps} steps are too few for the poolings', 'use more, or a smaller pool')
-        self.encoder = nn.Sequential(*layers, nn.BatchNorm1d(channels), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+        self.encoder = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.decoder = nn.Sequential(nn.Linear(channels, 16*decoder), nn.Unflatten(1, (decoder, 4, 4)), nn.ReLU(), nn.ConvTranspose2d(decoder, 32, 2, 2), nn.ReLU(),
                                      nn.ConvTranspose2d(32, 16, 2, 2), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
         self.spec = dict(architecture='densenet200e', steps=steps, sensors=sensors, components=components, pool=pool, growth=growth, blocks=list(blocks), decoder=decoder)
-    def forward(self, x): return self.decoder(self.encoder(x.permute(0, 1, 3, 4, 2).flatten(1, 3)))[:, 0]
+    def forward(self, x):
+        x = x.permute(0, 2, 1, 3, 4).flatten(2).transpose(1, 2).unsqueeze(2)                        # channels last
+        if not self.encoder[1].weight.is_contiguous(memory_format=torch.channels_last): x = x.contiguous()
+        return self.decoder(self.encoder(x))[:, 0]
 
 # %% ../../nbs/23_models_keypoint.ipynb #97901ab8
 def network_input(

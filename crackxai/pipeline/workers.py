@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TRIES', 'AHEAD', 'SECONDS', 'MOST', 'work_of', 'work_on', 'cores', 'processes', 'work_on_batch', 'cluster']
 
-# %% ../../nbs/61_pipeline_workers.ipynb #a512922b
-import json, multiprocessing, os, signal, sys, threading, time, warnings
+# %% ../../nbs/61_pipeline_workers.ipynb #8d57dd9c
+import ctypes, json, multiprocessing, os, platform, signal, sys, threading, time, warnings
 from collections import Counter, deque
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -136,12 +137,21 @@ def processes(
         finally: team.end()
     return spread
 
-# %% ../../nbs/61_pipeline_workers.ipynb #91f0dd62
+# %% ../../nbs/61_pipeline_workers.ipynb #0de4fd43
+@cache
+def _keep_freed_memory():
+    "Once a process. A worker of a cluster works in a thread; there glibc gives every large buffer back to the system and asks for it again at the next layer."
+    if platform.libc_ver()[0] != 'glibc': return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0); libc.mallopt(-1, 2**31 - 1)                        # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+# %% ../../nbs/61_pipeline_workers.ipynb #fbbe6a2f
 def work_on_batch(
     recipe,
     jobs,  # list of (number, absolute path, stem)
 ):
     "What a worker of a cluster does: list of (number, row, reason, warnings), and the seconds it took."
+    _keep_freed_memory()
     start, limit = time.perf_counter(), max(1, torch.get_num_threads())
     with threadpool_limits(limit): done = [(i, *work_on(recipe, Path(path), stem)) for i, path, stem in jobs]
     return done, time.perf_counter() - start
@@ -160,7 +170,7 @@ def _as_named(
 # %% ../../nbs/61_pipeline_workers.ipynb #8d56d5e9
 SECONDS, MOST = .5, 256   # of a batch, and files in it
 
-# %% ../../nbs/61_pipeline_workers.ipynb #90448c34
+# %% ../../nbs/61_pipeline_workers.ipynb #25971489
 class _Crowd:
     "Batches on a cluster: what waits, what is under way, how large the next one is."
     def __init__(self, client, jobs, recipe, address):
@@ -178,7 +188,8 @@ class _Crowd:
         "New futures, until each worker has two batches."
         made = []
         while self.waiting and len(self.given) < max(2, 2*self.threads()):
-            made.append(self.submit([self.waiting.popleft() for _ in range(min(self.size, len(self.waiting)))]))
+            n = min(self.size, -(-len(self.waiting)//max(2, 2*self.room)))         # smaller ones at the end: all workers end together
+            made.append(self.submit([self.waiting.popleft() for _ in range(n)]))
         return made
     def took(self, n, seconds):
         self.size = int(min(MOST, max(1, SECONDS*n/max(seconds, 1e-6)), 2*self.size))
