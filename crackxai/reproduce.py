@@ -279,7 +279,7 @@ def release(
     with atomic_path(root/'README.md') as p: p.write_text(text, encoding='utf-8')
     return done
 
-# %% ../nbs/82_reproduce.ipynb #ddfcb635
+# %% ../nbs/82_reproduce.ipynb #83727305
 def main(arguments=None):
     "python -m crackxai.reproduce STEM --profile P | --collect --profile P | [STEM] --release --profile P"
     parser = argparse.ArgumentParser(prog='python -m crackxai.reproduce', description='Run a paper or benchmark notebook with a profile, or collect the results.')
@@ -289,7 +289,9 @@ def main(arguments=None):
     parser.add_argument('--release', action='store_true', help='copy the run to figures/ and data/weights/, render README.md; with a notebook, only the folder of its results')
     given = parser.parse_args(arguments)
     try:
-        if given.release: print(len(release(given.profile, find_notebook(given.stem)[1] if given.stem else '*')), 'files written to figures/ and data/weights/')
+        if given.release:
+            parts = [find_notebook(given.stem)[1], given.stem] if given.stem else ['*']                 # a notebook may also have a folder of its own
+            print(len({f for part in parts for f in release(given.profile, part)}), 'files written to figures/ and data/weights/')
         elif given.collect:
             from crackxai.run_report import run_report
             folder = find_root()/'runs'/given.profile
