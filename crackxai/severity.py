@@ -6,10 +6,11 @@
 __all__ = ['MEASURES', 'max_width', 'width_published', 'length', 'Severity', 'severity', 'measures', 'errors_of',
            'severity_errors']
 
-# %% ../nbs/50_severity.ipynb #8f057503
+# %% ../nbs/50_severity.ipynb #faf6007e
 import math, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
@@ -59,7 +60,7 @@ def _candidates(marks, at, width):
     at = doubled[base][1] if base == 2*half + 1 else _joined(marks, *doubled[base], 2*half + 1 - base, width)
     return side, half, at + half*(width + 1)
 
-# %% ../nbs/50_severity.ipynb #3a9821ce
+# %% ../nbs/50_severity.ipynb #204328aa
 def _rings(side, half):
     "Pixels around a centre in the order of their distance, those inside the known square left out: squared distances [half px²], rows down, columns right."
     r = int(.75*side) + 3
@@ -69,6 +70,7 @@ def _rings(side, half):
     order = np.flatnonzero((ring > half) & (distance <= (2*r)**2))
     order = order[np.argsort(distance[order], kind='stable')]
     return distance[order], order//len(j) - r, order % len(j) - r
+_rings_again = lru_cache(64)(_rings)                 # the next crack is often as wide; those of a wide one take megabytes
 
 # %% ../nbs/50_severity.ipynb #99805301
 def _widest(flat, at, offset, distance, best):
@@ -96,14 +98,14 @@ def _marks(at, n):
     marks[at] = 0
     _kept.marks = marks
 
-# %% ../nbs/50_severity.ipynb #73e9f405
+# %% ../nbs/50_severity.ipynb #04d555fa
 def _width(mask):
     "Largest width of a mask that holds something."
     at, (height, width) = np.flatnonzero(mask), np.add(mask.shape, 2)        # an empty row and column on every side
     at += 2*(at//mask.shape[1]) + width + 1
     with _marks(at, height*width) as marks:
         side, half, middle = _candidates(marks, at, width)
-        distance, down, right = _rings(side, half)
+        distance, down, right = (_rings_again if side < 48 else _rings)(side, half)
         best = side*side
         for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)): best = _widest(marks, middle, a*width*down + b*right, distance, best)
     return math.sqrt(best)
