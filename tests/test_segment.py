@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from conftest import error_line, left_over, photo, pixels
 from crackxai.core import read_csv
+from crackxai.data import walls
 from crackxai.pipeline import surface
 
 COLUMNS = ['file', 'crack_probability', 'cracks', 'area_px', 'area_mm2', 'max_width_px', 'max_width_mm', 'length_px', 'length_mm']
@@ -107,6 +108,25 @@ def test_the_same_call_gives_the_same_bytes(run, tiny_weights, tmp_path):
     wall = photo(tmp_path/'w.png', 90, 130)
     for out in 'ab': assert run('segment', wall, '--out', tmp_path/out, '--weights', tiny_weights.cracked, '--threshold', 'gmm').code == 0
     for name in names(tmp_path/'a'): assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes(), name
+
+
+def test_fast_says_so_and_draws_nearly_the_same(run, tmp_path):
+    Image.fromarray((walls.wall(3, size=224).image.transpose(1, 2, 0)*255).round().astype(np.uint8)).save(tmp_path/'w.png')
+    drawn, seen = [], []
+    for out, more in (('exact', []), ('fast', ['--fast'])):
+        r = run('segment', tmp_path/'w.png', '--out', tmp_path/out, '--min-probability', '0', *more)
+        assert r.code == 0 and ('in bfloat16' in r.output) == bool(more)
+        drawn.append(np.asarray(Image.open(tmp_path/out/'w_mask.png')) > 0)
+        seen.append(float(read_csv(tmp_path/out/'severity.csv')[0]['crack_probability']))
+    exact, fast = drawn
+    assert exact.sum() > 200 and (exact & fast).sum() > .9*(exact | fast).sum()
+    assert 0 < abs(seen[0] - seen[1]) < .02                                          # another answer, but a near one
+
+
+def test_fast_is_for_the_student_only(run, tiny_weights, tmp_path):
+    for weights in (['--method', 'lrp'], ['--weights', tiny_weights.plain]):
+        r = run('segment', photo(tmp_path/'w.png'), '--out', tmp_path/'out', '--fast', *weights)
+        assert r.code == 2 and 'lrp needs full precision' in error_line(r.output) and '--fast' in error_line(r.output)
 
 
 def test_failures_of_an_earlier_call_do_not_stay(run, tiny_weights, tmp_path):

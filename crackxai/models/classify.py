@@ -172,9 +172,10 @@ def predict(
     out = torch.cat(out) if out else torch.empty(0, model.spec['classes'])
     return out if logits else out.softmax(1)
 
-# %% ../../nbs/20_models_classify.ipynb #7f3311c1
+# %% ../../nbs/20_models_classify.ipynb #b2b9300c
 def for_inference(
-    model,  # its normalisations directly behind their convolutions, in a Sequential
+    model,           # its normalisations directly behind their convolutions, in a Sequential
+    bfloat16=False,  # numbers of 8 significant bits: several times as fast on processors with matrix units for them, and not quite the same answer
 ):
     "A copy that computes the same faster and cannot be trained or explained: batch normalisation folded, ReLU in place, channels last."
     ready = copy.deepcopy(model).eval().requires_grad_(False)
@@ -184,4 +185,5 @@ def for_inference(
                 part._modules[a], part._modules[b] = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)), nn.Identity()
     for m in ready.modules():
         if isinstance(m, nn.ReLU): m.inplace = True
+    if bfloat16: ready.bfloat16().register_forward_pre_hook(lambda _, inputs: tuple(x.bfloat16() for x in inputs))
     return ready.to(memory_format=torch.channels_last)

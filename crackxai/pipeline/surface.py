@@ -61,7 +61,7 @@ def _checked(image):
     if image.min() < 0 or image.max() > 1: raise InputError('image', f'pixels run from {image.min():.3g} to {image.max():.3g}', 'scale them to 0..1')
     return image
 
-# %% ../../nbs/62_pipeline_surface.ipynb #48f9d73c
+# %% ../../nbs/62_pipeline_surface.ipynb #f0abd006
 class Segmenter:
     "A trained classifier, an explanation method and the post-processing, ready for images of any size."
     def __init__(self,
@@ -77,6 +77,7 @@ class Segmenter:
         gate=None,           # weights of `tile_probability`; None: the classifier alone says how probable a crack is
         possible=.5,         # of the student's probability: pixels above it make a crack, where a tile is taken for cracked
         batch=8,
+        bfloat16=False,      # the student's way in numbers of 8 significant bits: faster, and not quite the same masks
         **options,           # of the method
     ):
         method = method or ('student' if student is not None else 'lrp')
@@ -84,7 +85,8 @@ class Segmenter:
         if method not in (*METHODS, 'student'): raise InputError('method', f'{method!r} is unknown', f'choose one of {", ".join([*METHODS, "student"][:None if student is not None else -1])}')
         if threshold not in THRESHOLDS: raise InputError('threshold', f'{threshold!r} is unknown', f'choose one of {", ".join(THRESHOLDS)}')
         self.model, self.method, self.threshold, self.morphology = model.eval(), method, threshold, morphology
-        self.fast = [for_inference(m) for m in (model, student)] if method == 'student' else None
+        if bfloat16 and method != 'student': raise InputError('bfloat16 (--fast)', f'{method} needs full precision', 'leave it out, or take the student')
+        self.ready = [for_inference(m, bfloat16) for m in (model, student)] if method == 'student' else None
         self.student, self.possible, self.gate = student.eval() if student is not None else None, possible, gate if method == 'student' else None
         self.card, self.source = {}, None
         self.sizes = dict(close1=close1, min_area=min_area, close2=close2)
@@ -142,10 +144,10 @@ def tile_probability(
     said = np.asarray(said, float)
     return expit(gate[0]*level_logit(said[:, 0]) + gate[1]*said[:, 1] + gate[2])
 
-# %% ../../nbs/62_pipeline_surface.ipynb #1c155b29
+# %% ../../nbs/62_pipeline_surface.ipynb #ad908986
 def _drawn(self, tiles, logits):
     "What the student draws, in the tile's own pixels, and how probable a crack is: (n, h, w), (n,)."
-    values = draw(self.fast[1], tiles, self.batch)
+    values = draw(self.ready[1], tiles, self.batch)
     if self.gate is None: return _fit(values, self.cut), expit(logits)
     area = self.sizes['min_area']*(tiles.shape[-1]/self.cut)**2
     return _fit(values, self.cut), tile_probability(np.stack([[surest(v, self.possible, area) for v in values], logits], 1), self.gate)
@@ -178,7 +180,7 @@ def _tiles(image, part, cut, size):
     tiles = torch.from_numpy(np.stack([image[:, t:t + cut, l:l + cut] for t, l in part]))
     return resize(tiles.float().div_(255) if tiles.dtype == torch.uint8 else tiles, size)
 
-# %% ../../nbs/62_pipeline_surface.ipynb #735dc994
+# %% ../../nbs/62_pipeline_surface.ipynb #5778ec08
 def _segment(self,
     image,           # (3, h, w) or (h, w), float in 0..1 or uint8
     mm_per_px=None,
@@ -194,7 +196,7 @@ def _segment(self,
     for i in range(0, len(corners), 16*self.batch):
         part, later = corners[i:i + 16*self.batch], corners[i + 16*self.batch:i + 16*self.batch + 1]
         tiles = _tiles(full, part, self.cut, self.model.spec['image_size'])
-        logits = predict(self.fast[0] if self.fast else self.model, tiles, self.batch, logits=True)
+        logits = predict(self.ready[0] if self.ready else self.model, tiles, self.batch, logits=True)
         if self.method == 'student':
             values, probability = _drawn(self, tiles, (logits[:, 1] - logits[:, 0]).numpy())
             rows, masks = np.arange(len(part)), probability >= self.min_probability
