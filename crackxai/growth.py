@@ -17,7 +17,6 @@ from skimage.morphology import skeletonize
 
 from .core import InputError
 from .morphology import dilate
-from .registration import register
 
 # %% ../nbs/51_growth.ipynb #6c21d0f2
 LEAST = 3   # steps that a fit needs

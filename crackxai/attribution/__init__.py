@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 from .bcos import bcos
-from .contract import Attribution
 from .explainer import explainer, residual
 from .gradient import gradientshap, input_x_gradient, intgrad
 from .reference import deeplift, deepliftshap

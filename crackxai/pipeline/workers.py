@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from ..core import InputError, remove_stale
-from .files import _reason, one_by_one
+from ..core import InputError
+from .files import one_by_one
 
 # %% ../../nbs/61_pipeline_workers.ipynb #b6d130d8
 _made, _lock = {}, threading.RLock()
