@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['show_trend', 'trend_figure', 'trajectory_grid', 'measure_curves', 'error_map']
 
-# %% ../nbs/74_figures_growth.ipynb #68435b62
+# %% ../nbs/74_figures_growth.ipynb #08952025
 import numpy as np
+from matplotlib.lines import Line2D
 
 from .figures import COLOURS, caption, new_figure, show_image, show_mask
 
@@ -69,13 +70,14 @@ def measure_curves(
         ax.set_xlabel('step'); ax.set_ylabel(name); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
 
-# %% ../nbs/74_figures_growth.ipynb #8c6edc5b
+# %% ../nbs/74_figures_growth.ipynb #133e0ccf
 def error_map(
     ax,
     x, y,    # dict: label -> error [%], smaller is better
     xlabel, ylabel,
     limit=None,  # larger errors are drawn at the edge
     order=None,  # labels in the order of the colours, the same in all panels
+    legend=True,  # names all of `order` at the right; of several panels one is enough
 ):
     "As Fig. 9: one point a method, both axes turned round so that good is upper right."
     names = [n for n in x if n in y and np.isfinite(x[n]) and np.isfinite(y[n])]
@@ -83,5 +85,6 @@ def error_map(
     order = list(order or names)
     for n in names:
         at, k = (min(x[n], top), min(y[n], top)), order.index(n) if n in order else len(order)
-        ax.plot(*at, 'o<'[max(x[n], y[n]) > top], ms=5, color=COLOURS[k % len(COLOURS)]); ax.annotate(n, at, xytext=(4, (3, -9)[k % 2]), textcoords='offset points', fontsize=7)
+        ax.plot(*at, 'o<'[max(x[n], y[n]) > top], ms=5, color=COLOURS[k % len(COLOURS)], label=n)
+    if legend: ax.legend(handles=[Line2D([], [], marker='o', ls='', ms=5, color=COLOURS[k % len(COLOURS)], label=n) for k, n in enumerate(order)], frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     ax.set_xlim(1.02*top, 0); ax.set_ylim(1.02*top, 0); ax.set_xlabel(xlabel); ax.set_ylabel(ylabel)
