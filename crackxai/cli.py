@@ -87,7 +87,7 @@ def _spread(workers, scheduler):
     from crackxai.pipeline.workers import cluster, processes
     return cluster(scheduler) if scheduler else processes(workers)
 
-# %% ../nbs/80_cli.ipynb #f6ad226e
+# %% ../nbs/80_cli.ipynb #2b37e5cb
 @main.command()
 @click.argument('paths', nargs=-1, required=True, type=click.Path())
 @click.option('--out', required=True, type=click.Path(), help='Folder for masks, overlays and severity.csv; made if needed.')
@@ -97,9 +97,10 @@ def _spread(workers, scheduler):
 @click.option('--min-probability', type=click.FloatRange(0, 1), default=None, help='A part of the photo whose crack probability is lower keeps no mask. Smaller: fewer cracks missed, more false ones. Default: what the weights\' card says.')
 @click.option('--raw-mask', is_flag=True, help='Leave out the cleaning of the mask (closing, area opening, closing).')
 @click.option('--fast', is_flag=True, help='Compute in bfloat16: several times as fast on processors with matrix units for it (AMX). The masks differ in few pixels. For the student only.')
+@click.option('--thorough', is_flag=True, help='The student draws in eight orientations and their mean counts: a little better (see figures/beyond), several times as long. For the student only.')
 @click.option('--mm-per-px', type=float, default=None, help='Scale of the photos; fills the columns in mm.')
 @_many
-def segment(paths, out, weights, method, threshold, min_probability, raw_mask, fast, mm_per_px, workers, scheduler):
+def segment(paths, out, weights, method, threshold, min_probability, raw_mask, fast, thorough, mm_per_px, workers, scheduler):
     """Find the cracks in photos: PATHS are image files or folders.
 
     Trained on crack / intact labels only. By default a student draws the mask, which learned from the classifier's explanations; --method gives any single
@@ -114,10 +115,10 @@ def segment(paths, out, weights, method, threshold, min_probability, raw_mask, f
     """
     from crackxai.pipeline import Segmenter, segment_files
     from crackxai.training import fast_bfloat16
-    given = {k: v for k, v in dict(method=method, threshold=threshold, min_probability=min_probability, morphology=False if raw_mask else None, bfloat16=fast or None).items() if v is not None}
+    given = {k: v for k, v in dict(method=method, threshold=threshold, min_probability=min_probability, morphology=False if raw_mask else None, bfloat16=fast or None, turns=8 if thorough else None).items() if v is not None}
     if mm_per_px is not None and not 0 < mm_per_px < float('inf'): raise InputError('--mm-per-px', f'{mm_per_px} is not a positive number', 'give millimetres per pixel, e.g. 0.43')
     segmenter = Segmenter.load(weights, **given)
-    click.echo(f'weights {weights}, method {segmenter.method}' + ('' if segmenter.method == 'student' else f', threshold {segmenter.threshold}') + f', crack probability from {segmenter.min_probability:.2f}' + ', in bfloat16'*fast)
+    click.echo(f'weights {weights}, method {segmenter.method}' + ('' if segmenter.method == 'student' else f', threshold {segmenter.threshold}') + f', crack probability from {segmenter.min_probability:.2f}' + ', in bfloat16'*fast + ', in eight orientations'*thorough)
     if fast and not fast_bfloat16(): click.echo('warning: this processor has no matrix units for bfloat16, --fast may be slower here', err=True)
     if not segmenter.card.get('trusted', True): click.echo('warning: these weights did not pass the quality gate, see the report of their training', err=True)
     _ended(*segment_files(segmenter, paths, out, mm_per_px, _spread(workers, scheduler)), out, 'images')

@@ -123,10 +123,22 @@ def test_fast_says_so_and_draws_nearly_the_same(run, tmp_path):
     assert 0 < abs(seen[0] - seen[1]) < .02                                          # another answer, but a near one
 
 
-def test_fast_is_for_the_student_only(run, tiny_weights, tmp_path):
+@pytest.mark.parametrize('option, reason', [('--fast', 'lrp needs full precision'), ('--thorough', 'lrp is computed in one orientation')])
+def test_fast_and_thorough_are_for_the_student_only(run, tiny_weights, tmp_path, option, reason):
     for weights in (['--method', 'lrp'], ['--weights', tiny_weights.plain]):
-        r = run('segment', photo(tmp_path/'w.png'), '--out', tmp_path/'out', '--fast', *weights)
-        assert r.code == 2 and 'lrp needs full precision' in error_line(r.output) and '--fast' in error_line(r.output)
+        r = run('segment', photo(tmp_path/'w.png'), '--out', tmp_path/'out', option, *weights)
+        assert r.code == 2 and reason in error_line(r.output) and option in error_line(r.output)
+
+
+def test_thorough_draws_a_turned_photo_as_the_photo(run, tmp_path):
+    pixels, drawn = (walls.wall(3, size=224).image.transpose(1, 2, 0)*255).round().astype(np.uint8), {}
+    for name, image, more in (('up', pixels, ['--thorough']), ('turned', np.rot90(pixels), ['--thorough']), ('once', np.rot90(pixels), [])):
+        Image.fromarray(np.ascontiguousarray(image)).save(tmp_path/f'{name}.png')
+        r = run('segment', tmp_path/f'{name}.png', '--out', tmp_path/name, '--min-probability', '0', *more)
+        assert r.code == 0 and ('in eight orientations' in r.output) == bool(more)
+        drawn[name] = np.asarray(Image.open(tmp_path/name/f'{name}_mask.png')) > 0
+    off = lambda a, b: (a ^ b).sum()/(a | b).sum()
+    assert drawn['up'].sum() > 200 and off(np.rot90(drawn['up']), drawn['turned']) < .02 < off(drawn['once'], drawn['turned'])
 
 
 def test_failures_of_an_earlier_call_do_not_stay(run, tiny_weights, tmp_path):

@@ -61,7 +61,7 @@ def _checked(image):
     if image.min() < 0 or image.max() > 1: raise InputError('image', f'pixels run from {image.min():.3g} to {image.max():.3g}', 'scale them to 0..1')
     return image
 
-# %% ../../nbs/62_pipeline_surface.ipynb #f0abd006
+# %% ../../nbs/62_pipeline_surface.ipynb #7d5e323d
 class Segmenter:
     "A trained classifier, an explanation method and the post-processing, ready for images of any size."
     def __init__(self,
@@ -78,6 +78,7 @@ class Segmenter:
         possible=.5,         # of the student's probability: pixels above it make a crack, where a tile is taken for cracked
         batch=8,
         bfloat16=False,      # the student's way in numbers of 8 significant bits: faster, and not quite the same masks
+        turns=1,             # 8: the student draws in all symmetries of the square and the mean counts; a little better, and longer
         **options,           # of the method
     ):
         method = method or ('student' if student is not None else 'lrp')
@@ -86,11 +87,13 @@ class Segmenter:
         if threshold not in THRESHOLDS: raise InputError('threshold', f'{threshold!r} is unknown', f'choose one of {", ".join(THRESHOLDS)}')
         self.model, self.method, self.threshold, self.morphology = model.eval(), method, threshold, morphology
         if bfloat16 and method != 'student': raise InputError('bfloat16 (--fast)', f'{method} needs full precision', 'leave it out, or take the student')
+        if turns != 1 and method != 'student': raise InputError('turns (--thorough)', f'{method} is computed in one orientation', 'leave it out, or take the student')
+        if turns not in range(1, 9): raise InputError('turns', f'{turns!r} is not a number of orientations', 'take 1 to 8')
         self.ready = [for_inference(m, bfloat16) for m in (model, student)] if method == 'student' else None
         self.student, self.possible, self.gate = student.eval() if student is not None else None, possible, gate if method == 'student' else None
         self.card, self.source = {}, None
         self.sizes = dict(close1=close1, min_area=min_area, close2=close2)
-        self.cut, self.stride, self.batch, self.options = cut, max(1, round(cut*(1 - overlap))), batch, options
+        self.cut, self.stride, self.batch, self.turns, self.options = cut, max(1, round(cut*(1 - overlap))), batch, turns, options
         self.min_probability = .5 if min_probability is None else min_probability
     @classmethod
     def load(cls,
@@ -144,10 +147,10 @@ def tile_probability(
     said = np.asarray(said, float)
     return expit(gate[0]*level_logit(said[:, 0]) + gate[1]*said[:, 1] + gate[2])
 
-# %% ../../nbs/62_pipeline_surface.ipynb #ad908986
+# %% ../../nbs/62_pipeline_surface.ipynb #c66642bb
 def _drawn(self, tiles, logits):
     "What the student draws, in the tile's own pixels, and how probable a crack is: (n, h, w), (n,)."
-    values = draw(self.ready[1], tiles, self.batch)
+    values = draw(self.ready[1], tiles, self.batch, self.turns)
     if self.gate is None: return _fit(values, self.cut), expit(logits)
     area = self.sizes['min_area']*(tiles.shape[-1]/self.cut)**2
     return _fit(values, self.cut), tile_probability(np.stack([[surest(v, self.possible, area) for v in values], logits], 1), self.gate)
