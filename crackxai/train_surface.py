@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'RECIPE', 'GATE', 'OneBitFolder', 'network_size', 'photo_of', 'read_folder', 'three_parts', 'advice',
            'Trained', 'train_surface']
 
-# %% ../nbs/69_train_surface.ipynb #eb3ca6b4
-import re, time
+# %% ../nbs/69_train_surface.ipynb #e2d8e8c4
+import itertools, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,14 +100,23 @@ def read_folder(
     photo, how = photo_of([p.name for p, _, _ in images], group)
     return OneBitFolder(shown, np.array([label for _, label, _ in images]), photo, names, cut, how, failures)
 
-# %% ../nbs/69_train_surface.ipynb #1a317dcb
+# %% ../nbs/69_train_surface.ipynb #04d9c28e
 def three_parts(
     group,  # (n,) photo
     label,  # (n,)
 ):
     "Rows for training, validation and test. Raises InputError where a part lacks a class."
-    tenth = np.array([fold_of(g, 10) for g in group])
-    parts = [np.flatnonzero(np.isin(tenth, k)) for k in (range(3, 10), [2], [0, 1])]
+    photos, photo = np.unique(group, return_inverse=True)
+    held = np.stack([np.bincount(photo[label == k], minlength=len(photos))/max(1, (label == k).sum()) for k in (0, 1)], 1)    # share of each class
+    lacks, part = np.outer((.7, .1, .2), (1., 1.)), np.zeros(len(photos), int)
+    for k in sorted(range(len(photos)), key=lambda k: (-held[k].sum(), fold_of(photos[k], 2**32))):
+        part[k] = (lacks @ held[k]).argmax()
+        lacks[part[k]] -= held[k]
+    for poor, c in itertools.product((2, 1), (0, 1)):                       # few photos: a part without a class gets the smallest that another can spare
+        if held[part == poor, c].any(): continue
+        spare = [k for k in np.flatnonzero(held[:, c]) if ((held[part == part[k]] > 0).sum(0)[held[k] > 0] > 1).all()]
+        if spare: part[min(spare, key=lambda k: held[k].sum())] = poor
+    parts = [np.flatnonzero(part[photo] == k) for k in range(3)]
     for name, rows in zip(('training', 'validation', 'test'), parts):
         if len(set(label[rows])) < 2:
             raise InputError('--images', f'{len(set(group))} photos are too few: the {name} part holds {len(rows)} images, not of both classes', 'add photos of both classes, or set --group if photos are told apart wrongly')
