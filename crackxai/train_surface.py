@@ -100,7 +100,7 @@ def read_folder(
     photo, how = photo_of([p.name for p, _, _ in images], group)
     return OneBitFolder(shown, np.array([label for _, label, _ in images]), photo, names, cut, how, failures)
 
-# %% ../nbs/69_train_surface.ipynb #04d9c28e
+# %% ../nbs/69_train_surface.ipynb #fa5e5a5d
 def three_parts(
     group,  # (n,) photo
     label,  # (n,)
@@ -109,7 +109,8 @@ def three_parts(
     photos, photo = np.unique(group, return_inverse=True)
     held = np.stack([np.bincount(photo[label == k], minlength=len(photos))/max(1, (label == k).sum()) for k in (0, 1)], 1)    # share of each class
     lacks, part = np.outer((.7, .1, .2), (1., 1.)), np.zeros(len(photos), int)
-    for k in sorted(range(len(photos)), key=lambda k: (-held[k].sum(), fold_of(photos[k], 2**32))):
+    large = np.where(held.max(1) > .05, held.sum(1), 0.)
+    for k in sorted(range(len(photos)), key=lambda k: (-large[k], fold_of(photos[k], 2**32))):
         part[k] = (lacks @ held[k]).argmax()
         lacks[part[k]] -= held[k]
     for poor, c in itertools.product((2, 1), (0, 1)):                       # few photos: a part without a class gets the smallest that another can spare
