@@ -70,7 +70,7 @@ def measure_curves(
         ax.set_xlabel('step'); ax.set_ylabel(name); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
 
-# %% ../nbs/74_figures_growth.ipynb #133e0ccf
+# %% ../nbs/74_figures_growth.ipynb #efae8ad1
 def error_map(
     ax,
     x, y,    # dict: label -> error [%], smaller is better
@@ -82,9 +82,9 @@ def error_map(
     "As Fig. 9: one point a method, both axes turned round so that good is upper right."
     names = [n for n in x if n in y and np.isfinite(x[n]) and np.isfinite(y[n])]
     top = limit or 1.08*max([max(x[n], y[n]) for n in names], default=100)
-    order = list(order or names)
+    order = list(dict.fromkeys([*(order or []), *names]))
     for n in names:
-        at, k = (min(x[n], top), min(y[n], top)), order.index(n) if n in order else len(order)
-        ax.plot(*at, 'o<'[max(x[n], y[n]) > top], ms=5, color=COLOURS[k % len(COLOURS)], label=n)
+        at, k = (min(x[n], top), min(y[n], top)), order.index(n)
+        ax.plot(*at, 'o<'[max(x[n], y[n]) > top], ms=5, color=COLOURS[k % len(COLOURS)])
     if legend: ax.legend(handles=[Line2D([], [], marker='o', ls='', ms=5, color=COLOURS[k % len(COLOURS)], label=n) for k, n in enumerate(order)], frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     ax.set_xlim(1.02*top, 0); ax.set_ylim(1.02*top, 0); ax.set_xlabel(xlabel); ax.set_ylabel(ylabel)
